@@ -1,0 +1,310 @@
+"""How do I ask BigQuery? One client and the same SQL, on this laptop or on Google Cloud.
+
+    with connect() as warehouse:                        # embedded; connect("my-project", "my-bucket") is the real one
+        warehouse.load(tables)                          # Arrow tables, or the name of a table that exists
+        warehouse.run("temporal_split.sql", train_fraction=0.8)
+        warehouse.query("SELECT COUNT(*) AS n FROM ratings")
+        for shard in warehouse.shards("examples", {"split": "train"}): ...
+
+SQL lives in `sql/*.sql`, names its tables without project or dataset, and takes values only as query parameters.
+Nothing here imports TensorFlow.
+
+Needs: embedded_bigquery.py sql/ (the latter for the names given to `run`)
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_common.embedded_bigquery import EmbeddedBigQuery
+
+SQL_FOLDER = Path(__file__).parent / "sql"
+TABLE_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9-]*(:[A-Za-z0-9-]+)?\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
+# Storage Read sessions offer as many streams as the service thinks useful; more than this only adds round trips.
+STREAMS = 8
+# One query may scan this much before BigQuery refuses it: a wrong join fails instead of costing a month's budget.
+MAXIMUM_BYTES_BILLED = 10 * 1024**4
+
+
+def connect(project: str = "", bucket: str = "", dataset: str = "recsys", location: str = "US") -> Warehouse:
+    """Open the warehouse.
+
+    Args:
+      project: Google Cloud project to bill; "" starts an embedded BigQuery that ends with this process.
+      bucket: Cloud Storage bucket for exported files, without `gs://`; ignored when embedded.
+      dataset: BigQuery dataset for this run's tables; created when absent.
+      location: where a new dataset is created. Keep the bucket in the same place.
+
+    Raises:
+      RuntimeError: the embedded server did not start.
+      google.auth.exceptions.DefaultCredentialsError: no credentials for a real project (`make doctor` tells more).
+    """
+    # Started first: it comes up while the client library is imported.
+    server = None if project else EmbeddedBigQuery(tempfile.mkdtemp(prefix="recsys-bigquery-"))
+    return Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
+
+
+class Warehouse:
+    """A BigQuery dataset, and the folder that its exports go to. Made by `connect`.
+
+    Attributes:
+      embedded: whether this is the embedded service.
+      storage: the `gs://` address of the bucket.
+    """
+
+    def __init__(self, server: EmbeddedBigQuery | None, project: str, bucket: str, dataset: str, location: str):
+        from google.cloud import bigquery, bigquery_storage
+
+        self.embedded = server is not None
+        self.project, self.dataset, self.storage = project, dataset, f"gs://{bucket}"
+        self._server = server
+        defaults = bigquery.QueryJobConfig(default_dataset=f"{project}.{dataset}")
+        if server is None:
+            defaults.maximum_bytes_billed = MAXIMUM_BYTES_BILLED
+            self.client = bigquery.Client(project, location=location, default_query_job_config=defaults)
+            self._reader = bigquery_storage.BigQueryReadClient(credentials=self.client._credentials)
+        else:
+            import grpc
+            from google.auth.credentials import AnonymousCredentials
+            from google.cloud.bigquery_storage_v1.services.big_query_read.transports import (
+                BigQueryReadGrpcTransport,
+            )
+
+            server.wait()
+            atexit.register(self.close)
+            (server.root / "gcs" / bucket).mkdir(parents=True, exist_ok=True)
+            self.client = bigquery.Client(
+                project,
+                credentials=AnonymousCredentials(),
+                client_options={"api_endpoint": server.rest},
+                default_query_job_config=defaults,
+            )
+            self._channel = grpc.insecure_channel(
+                server.grpc, options=[("grpc.max_receive_message_length", -1)]
+            )
+            self._reader = bigquery_storage.BigQueryReadClient(
+                transport=BigQueryReadGrpcTransport(channel=self._channel)
+            )
+        self.client.create_dataset(dataset, exists_ok=True, retry=self._retry(), timeout=60)
+
+    def __enter__(self) -> Warehouse:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the connection; an embedded service stops and its tables and files are gone."""
+        self.client.close()
+        if self._server is not None:
+            self._channel.close()
+            self._server.stop()
+            atexit.unregister(self.close)
+
+    def _retry(self):
+        from google.cloud.bigquery.retry import DEFAULT_RETRY
+
+        # The embedded service has no bad minutes to wait out: what fails there fails again for ten minutes.
+        return DEFAULT_RETRY.with_timeout(10) if self.embedded else DEFAULT_RETRY
+
+    def load(self, tables, items_table: str = "") -> None:
+        """Make `ratings` and `items` exist in this dataset.
+
+        Args:
+          tables: `datasets.RatingTables` to load, or the name `project.dataset.table` of a BigQuery table with the
+            columns user_id, item_id, rating, timestamp (INT64, INT64, FLOAT64, INT64 or TIMESTAMP), which is read
+            through a view: nothing is copied.
+          items_table: with a table name, the table of item_id, title, genres; "" for none.
+
+        Raises:
+          ValueError: an ill-formed table name, a missing column, an empty table, nulls, NaN or negative ids;
+            the message counts them.
+        """
+        if isinstance(tables, str):
+            self._view("ratings", tables, ("user_id", "item_id", "rating", "timestamp"))
+            if items_table:
+                self._view("items", items_table, ("item_id", "title", "genres"))
+            else:
+                self.query("CREATE OR REPLACE TABLE items (item_id INT64, title STRING, genres ARRAY<STRING>)")
+            self.check(tables)
+        else:
+            self._upload("ratings", tables.ratings)
+            self._upload("items", tables.items)
+            self.check(tables.name)
+
+    def _view(self, name: str, table: str, columns: tuple[str, ...]) -> None:
+        if not TABLE_NAME.match(table):
+            raise ValueError(
+                f"{table!r} is not a BigQuery table name; expected project.dataset.table, such as shop.events.ratings"
+            )
+        types = {field.name: field.field_type for field in self.client.get_table(table).schema}
+        missing = [column for column in columns if column not in types]
+        if missing:
+            raise ValueError(
+                f"{table} has no column {missing[0]!r}; it has {', '.join(types)}, expected {', '.join(columns)}. "
+                "Make a view that renames yours and give its name instead."
+            )
+        select = [
+            "UNIX_SECONDS(timestamp) AS timestamp" if (c, types[c]) == ("timestamp", "TIMESTAMP") else c
+            for c in columns
+        ]
+        self.query(f"CREATE OR REPLACE VIEW {name} AS SELECT {', '.join(select)} FROM `{table}`")
+
+    def _upload(self, name: str, table: pa.Table) -> None:
+        from google.cloud import bigquery
+
+        if table.num_rows == 0:
+            raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
+        file = io.BytesIO()
+        pq.write_table(table, file)
+        file.seek(0)
+        target = f"{self.project}.{self.dataset}.{name}"
+        self.client.delete_table(target, not_found_ok=True, retry=self._retry())
+        # The embedded service loads only into a table that exists.
+        self.client.create_table(bigquery.Table(target, schema=_bigquery_schema(table.schema)), retry=self._retry())
+        config = bigquery.LoadJobConfig(source_format="PARQUET")
+        config.parquet_options = bigquery.ParquetOptions()
+        config.parquet_options.enable_list_inference = True
+        job = self.client.load_table_from_file(file, target, job_config=config)
+        job.result(retry=self._retry(), timeout=3600)
+        self.expect_rows(name, table.num_rows)
+
+    def check(self, source: str) -> None:
+        """Scan `ratings` once for what would spoil training; `source` is the name to use in the message."""
+        row = self.run("check_ratings.sql").to_pylist()[0]
+        if row.pop("rows") == 0:
+            raise ValueError(f"{source} has 0 ratings; there is nothing to train on. Check the table or its filter.")
+        found = [f"{count:,} rows with {what.replace('_', ' ', 1)}" for what, count in row.items() if count]
+        if found:
+            raise ValueError(
+                f"{source}: {', '.join(found)}; expected none. Find them with SELECT ... WHERE, mend or drop them in a "
+                "view, and give the view's name instead."
+            )
+
+    def run(self, file: str, **parameters: int | float | str) -> pa.Table:
+        """Run one of `sql/*.sql`; its `@name`s are filled from `parameters`. Returns the last statement's rows."""
+        path = SQL_FOLDER / file
+        if not path.exists():
+            raise FileNotFoundError(f"no {file} in {SQL_FOLDER.name}/; there are {sorted(p.name for p in SQL_FOLDER.glob('*.sql'))}")
+        return self.query(path.read_text(), **parameters)
+
+    def query(self, sql: str, **parameters: int | float | str) -> pa.Table:
+        """Run SQL and return its rows as an Arrow table (for results that fit into memory many times over).
+
+        Args:
+          sql: BigQuery SQL; tables without a dataset are this warehouse's.
+          **parameters: values for `@name`: int -> INT64, float -> FLOAT64, str -> STRING.
+        """
+        from google.cloud import bigquery
+
+        types = {int: "INT64", float: "FLOAT64", str: "STRING"}
+        config = bigquery.QueryJobConfig(
+            query_parameters=[
+                bigquery.ScalarQueryParameter(name, types[type(value)], value)
+                for name, value in parameters.items()
+            ]
+        )
+        job = self.client.query(sql, job_config=config, retry=self._retry())
+        return job.result(retry=self._retry()).to_arrow(create_bqstorage_client=False)
+
+    def count(self, table: str) -> int:
+        """Rows of a table of this dataset."""
+        return self.query(f"SELECT COUNT(*) AS n FROM {_plain(table)}")["n"][0].as_py()
+
+    def expect_rows(self, table: str, rows: int) -> None:
+        """Raise RuntimeError unless `table` has exactly `rows` rows."""
+        found = self.count(table)
+        if found != rows:
+            raise RuntimeError(
+                f"table {table!r} has {found:,} rows, expected {rows:,}: rows were lost or doubled on the way in. "
+                "Load it again; if it stays so, report it with `make doctor`'s output."
+            )
+
+    def read(self, table: str, columns: list[str] | None = None, where: str = "") -> pa.Table:
+        """Read a table through the Storage Read API: columns in Arrow, no SQL job, nothing parsed.
+
+        Args:
+          table: a table of this dataset.
+          columns: names to read; None for all.
+          where: a row restriction in SQL, such as "shard = 3".
+        """
+        from google.cloud.bigquery_storage_v1 import types
+
+        session = self._reader.create_read_session(
+            parent=f"projects/{self.project}",
+            read_session=types.ReadSession(
+                table=f"projects/{self.project}/datasets/{self.dataset}/tables/{_plain(table)}",
+                data_format=types.DataFormat.ARROW,
+                read_options=types.ReadSession.TableReadOptions(selected_fields=columns, row_restriction=where),
+            ),
+            max_stream_count=STREAMS,
+        )
+        schema = pa.ipc.read_schema(pa.py_buffer(session.arrow_schema.serialized_schema))
+        batches = [
+            page.to_arrow()
+            for stream in session.streams
+            for page in self._reader.read_rows(stream.name).rows(session).pages
+        ]
+        return pa.Table.from_batches(batches, schema=schema)
+
+    def shards(self, table: str, equal: dict[str, str], columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Read a table that has a `shard` column shard by shard, so that memory holds one shard at a time.
+
+        Args:
+          table: a table of this dataset with a column `shard` of 0..n-1.
+          equal: column -> value that rows must have, such as {"split": "train"}.
+          columns: names to read; None for all.
+
+        Raises:
+          ValueError: no row matches.
+          RuntimeError: the rows read are not as many as the table has.
+        """
+        condition = " AND ".join(f"{_plain(name)} = '{_plain(value)}'" for name, value in equal.items())
+        counts = self.query(
+            f"SELECT shard, COUNT(*) AS n FROM {_plain(table)} WHERE {condition} GROUP BY shard ORDER BY shard"
+        )
+        if counts.num_rows == 0:
+            raise ValueError(f"table {table!r} has no rows where {condition}; there is nothing to export")
+        for shard, expected in zip(counts["shard"].to_pylist(), counts["n"].to_pylist(), strict=True):
+            rows = self.read(table, columns, f"{condition} AND shard = {shard}")
+            if rows.num_rows != expected:
+                raise RuntimeError(
+                    f"table {table!r}, shard {shard}: read {rows.num_rows:,} rows, expected {expected:,}. The table "
+                    "changed while it was read, or a stream broke: run the export again."
+                )
+            yield rows
+
+    def local(self, address: str) -> str:
+        """The path at which this process can open a `gs://` address: itself, or the embedded service's folder."""
+        if not self.embedded:
+            return address
+        return str(self._server.root / "gcs" / address.removeprefix("gs://"))
+
+
+def _plain(name: str) -> str:
+    """`name` if it is a plain identifier; SQL is never built from anything else."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{name!r} is not a plain table or column name (letters, digits and _ only)")
+    return name
+
+
+def _bigquery_schema(schema: pa.Schema) -> list:
+    """BigQuery's columns for an Arrow schema of int64, float32, string and lists of these."""
+    from google.cloud.bigquery import SchemaField
+
+    kinds = {pa.int64(): "INT64", pa.float32(): "FLOAT64", pa.float64(): "FLOAT64", pa.string(): "STRING"}
+    fields = []
+    for field in schema:
+        repeated = pa.types.is_list(field.type)
+        kind = kinds[field.type.value_type if repeated else field.type]
+        mode = "REPEATED" if repeated else "NULLABLE" if field.nullable else "REQUIRED"
+        fields.append(SchemaField(field.name, kind, mode))
+    return fields

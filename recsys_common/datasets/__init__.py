@@ -1,0 +1,57 @@
+"""Where do ratings come from?
+
+    tables = datasets.load("ml-1m", "data")
+
+Whatever the source, the result is the same pair of Arrow tables, so nothing after this file knows MovieLens
+from Netflix or from the simulator:
+
+    ratings: user_id int64, item_id int64, rating float32, timestamp int64     no nulls, no NaN, one row a pair
+    items:   item_id int64, title string, genres list<string>                  every item_id of ratings is there
+
+`timestamp` holds seconds since 1970 where the source has a clock, the position within the user's history where
+it has only an order, and 0 where it has neither; `RatingTables.time` says which.
+
+Needs: movielens.py netflix.py simulated.py (the folder `datasets/` is copied whole).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+RATINGS_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("item_id", pa.int64(), nullable=False),
+        pa.field("rating", pa.float32(), nullable=False),
+        pa.field("timestamp", pa.int64(), nullable=False),
+    ]
+)
+ITEMS_SCHEMA = pa.schema(
+    [
+        pa.field("item_id", pa.int64(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+        pa.field("genres", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RatingTables:
+    """Ratings and the items they speak of.
+
+    Attributes:
+      name: the dataset's name, such as "ml-1m".
+      ratings: rows of `RATINGS_SCHEMA`.
+      items: rows of `ITEMS_SCHEMA`.
+      time: what `timestamp` means: "seconds" since 1970, "order" within a user, or "none".
+      truth: what only a simulator knows (`simulated.Truth`), None for real ratings.
+    """
+
+    name: str
+    ratings: pa.Table
+    items: pa.Table
+    time: Literal["seconds", "order", "none"]
+    truth: object | None = None

@@ -1,0 +1,84 @@
+"""What does the simplest model with embeddings look like? A dot product of two table rows, plus an item bias.
+
+    score(u, i) = <p_u, q_i> + b_i                                                            (1)
+
+Trained as retrieval with in-batch softmax: in a batch of B pairs (u, i) the other B - 1 items are the negatives,
+
+    loss = -sum_(u,i) log( exp(s(u,i) - log Q(i)) / sum_j exp(s(u,j) - log Q(j)) ),           (2)
+
+where Q(j) is the probability that item j turns up in the batch, which is its share of the training rows. Without
+that log-Q correction (Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations",
+RecSys 2019, section 3) popular items are punished for being frequent negatives. A row of the tables is updated only
+when a batch touches it, provided that the optimizer is row-sparse: tf-keras Adagrad is, Adam is not (chapter 4).
+
+Needs: nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_recommenders as tfrs
+
+
+class MatrixFactorization(tfrs.Model):
+    """Matrix factorization (1) trained by in-batch softmax (2).
+
+    Args:
+      num_users: rows of the user table; row 0 is for users that training never saw.
+      num_items: rows of the item table; row 0 likewise.
+      dim: length of p_u and q_i.
+      item_frequency: float or int [num_items], training rows of each item, for log Q; None leaves it out.
+      seed: of the initial tables.
+
+    A batch is a dict with `user_index` and `item_index`, int [B].
+    """
+
+    def __init__(self, num_users: int, num_items: int, dim: int = 32, item_frequency=None, seed: int = 0):
+        super().__init__()
+
+        def table(rows: int, width: int, number: int) -> tf.keras.layers.Embedding:
+            initial = tf.keras.initializers.RandomUniform(-0.05, 0.05, seed=seed * 3 + number)
+            return tf.keras.layers.Embedding(rows, width, embeddings_initializer=initial if width > 1 else "zeros")
+
+        self.user_table = table(num_users, dim, 1)
+        self.item_table = table(num_items, dim, 2)
+        self.item_bias = table(num_items, 1, 3)
+        self.sampling_probability = None
+        if item_frequency is not None:
+            frequency = np.asarray(item_frequency, np.float32)
+            if frequency.shape != (num_items,):
+                raise ValueError(
+                    f"item_frequency has shape {frequency.shape}, expected ({num_items},): one for each item row"
+                )
+            # An item that training never saw is never in a batch; any positive number keeps the logarithm finite.
+            self.sampling_probability = tf.constant(np.maximum(frequency, 1) / max(frequency.sum(), 1))
+        self.task = tfrs.tasks.Retrieval(remove_accidental_hits=True)
+
+    def users(self, user_index: tf.Tensor) -> tf.Tensor:
+        """[B] -> [B, dim + 1]: p_u and a 1 that meets the bias."""
+        rows = self.user_table(user_index)
+        return tf.concat([rows, tf.ones_like(rows[:, :1])], 1)
+
+    def items(self, item_index: tf.Tensor) -> tf.Tensor:
+        """[B] -> [B, dim + 1]: q_i and b_i."""
+        return tf.concat([self.item_table(item_index), self.item_bias(item_index)], 1)
+
+    def compute_loss(self, inputs: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
+        """Equation (2), summed over the batch."""
+        items = inputs["item_index"]
+        probability = None
+        if self.sampling_probability is not None:
+            probability = tf.gather(self.sampling_probability, items)
+        return self.task(
+            self.users(inputs["user_index"]),
+            self.items(items),
+            candidate_ids=items,
+            candidate_sampling_probability=probability,
+            compute_metrics=False,  # ranking against all items happens after training, exactly
+        )
+
+    def scores(self, user_index: np.ndarray) -> np.ndarray:
+        """int [U] -> float32 [U, num_items], equation (1) for every item."""
+        every_item = self.items(tf.range(self.item_table.input_dim))
+        return tf.matmul(self.users(tf.constant(user_index)), every_item, transpose_b=True).numpy()
