@@ -9,7 +9,7 @@
 SQL lives in `sql/*.sql`, names its tables without project or dataset, and takes values only as query parameters.
 Nothing here imports TensorFlow.
 
-Needs: embedded_bigquery.py sql/ (the latter for the names given to `run`)
+Needs: embedded_bigquery.py scale.py sql/ (the latter for the names given to `run`; `make rehearse` also datasets/)
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_common.embedded_bigquery import EmbeddedBigQuery
+from recsys_common.scale import rehearsing
 
 SQL_FOLDER = Path(__file__).parent / "sql"
 TABLE_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9-]*(:[A-Za-z0-9-]+)?\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
 # Storage Read sessions offer as many streams as the service thinks useful; more than this only adds round trips.
 STREAMS = 8
 # One query may scan this much before BigQuery refuses it: a wrong join fails instead of costing a month's budget.
+REHEARSAL_ROWS = 20_000
 MAXIMUM_BYTES_BILLED = 10 * 1024**4
 
 
@@ -48,8 +50,23 @@ def connect(project: str = "", bucket: str = "", dataset: str = "recsys", locati
       google.auth.exceptions.DefaultCredentialsError: no credentials for a real project (`make doctor` tells more).
     """
     # Started first: it comes up while the client library is imported.
-    server = None if project else EmbeddedBigQuery(tempfile.mkdtemp(prefix="recsys-bigquery-"))
-    return Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
+    embedded = not project or rehearsing()
+    server = EmbeddedBigQuery(tempfile.mkdtemp(prefix="recsys-bigquery-")) if embedded else None
+    warehouse = Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
+    if rehearsing():
+        _stage(warehouse)
+    return warehouse
+
+
+def _stage(warehouse: Warehouse) -> None:
+    """For a rehearsal: the tables that a reader would bring, `shop.ratings` with a TIMESTAMP and `shop.items`."""
+    from recsys_common.datasets import simulated
+
+    tables = simulated.load(REHEARSAL_ROWS)
+    shop = Warehouse(warehouse._server, warehouse.project, "", "shop", "US")
+    shop._upload("ratings", tables.ratings)
+    shop._upload("items", tables.items)
+    shop.query("CREATE OR REPLACE TABLE ratings AS SELECT * REPLACE (TIMESTAMP_SECONDS(timestamp) AS timestamp) FROM ratings")
 
 
 class Warehouse:
@@ -87,9 +104,7 @@ class Warehouse:
                 client_options={"api_endpoint": server.rest},
                 default_query_job_config=defaults,
             )
-            self._channel = grpc.insecure_channel(
-                server.grpc, options=[("grpc.max_receive_message_length", -1)]
-            )
+            self._channel = grpc.insecure_channel(server.grpc, options=[("grpc.max_receive_message_length", -1)])
             self._reader = bigquery_storage.BigQueryReadClient(
                 transport=BigQueryReadGrpcTransport(channel=self._channel)
             )
@@ -156,18 +171,30 @@ class Warehouse:
             "UNIX_SECONDS(timestamp) AS timestamp" if (c, types[c]) == ("timestamp", "TIMESTAMP") else c
             for c in columns
         ]
-        self.query(f"CREATE OR REPLACE VIEW {name} AS SELECT {', '.join(select)} FROM `{table}`")
+        self._drop(name)
+        self.query(f"CREATE VIEW {name} AS SELECT {', '.join(select)} FROM `{table}`")
+
+    def _drop(self, name: str) -> None:
+        from google.api_core.exceptions import NotFound
+
+        try:
+            kind = self.client.get_table(f"{self.project}.{self.dataset}.{name}", retry=self._retry()).table_type
+        except NotFound:
+            return
+        self.query(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} {_plain(name)}")
 
     def _upload(self, name: str, table: pa.Table) -> None:
         from google.cloud import bigquery
 
         if table.num_rows == 0:
-            raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
+            raise ValueError(
+                f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from."
+            )
         file = io.BytesIO()
         pq.write_table(table, file)
         file.seek(0)
         target = f"{self.project}.{self.dataset}.{name}"
-        self.client.delete_table(target, not_found_ok=True, retry=self._retry())
+        self._drop(name)
         # The embedded service loads only into a table that exists.
         self.client.create_table(bigquery.Table(target, schema=_bigquery_schema(table.schema)), retry=self._retry())
         config = bigquery.LoadJobConfig(source_format="PARQUET")
@@ -189,26 +216,30 @@ class Warehouse:
                 "view, and give the view's name instead."
             )
 
-    def run(self, file: str, **parameters: int | float | str) -> pa.Table:
+    def run(self, file: str, **parameters: int | float | str | list[int]) -> pa.Table:
         """Run one of `sql/*.sql`; its `@name`s are filled from `parameters`. Returns the last statement's rows."""
         path = SQL_FOLDER / file
         if not path.exists():
-            raise FileNotFoundError(f"no {file} in {SQL_FOLDER.name}/; there are {sorted(p.name for p in SQL_FOLDER.glob('*.sql'))}")
+            raise FileNotFoundError(
+                f"no {file} in {SQL_FOLDER.name}/; there are {sorted(p.name for p in SQL_FOLDER.glob('*.sql'))}"
+            )
         return self.query(path.read_text(), **parameters)
 
-    def query(self, sql: str, **parameters: int | float | str) -> pa.Table:
+    def query(self, sql: str, **parameters: int | float | str | list[int]) -> pa.Table:
         """Run SQL and return its rows as an Arrow table (for results that fit into memory many times over).
 
         Args:
           sql: BigQuery SQL; tables without a dataset are this warehouse's.
-          **parameters: values for `@name`: int -> INT64, float -> FLOAT64, str -> STRING.
+          **parameters: values for `@name`: int -> INT64, float -> FLOAT64, str -> STRING, list of int -> ARRAY<INT64>.
         """
         from google.cloud import bigquery
 
         types = {int: "INT64", float: "FLOAT64", str: "STRING"}
         config = bigquery.QueryJobConfig(
             query_parameters=[
-                bigquery.ScalarQueryParameter(name, types[type(value)], value)
+                bigquery.ArrayQueryParameter(name, "INT64", value)
+                if isinstance(value, list)
+                else bigquery.ScalarQueryParameter(name, types[type(value)], value)
                 for name, value in parameters.items()
             ]
         )
@@ -249,9 +280,9 @@ class Warehouse:
         )
         schema = pa.ipc.read_schema(pa.py_buffer(session.arrow_schema.serialized_schema))
         batches = [
-            page.to_arrow()
+            pa.ipc.read_record_batch(pa.py_buffer(response.arrow_record_batch.serialized_record_batch), schema)
             for stream in session.streams
-            for page in self._reader.read_rows(stream.name).rows(session).pages
+            for response in self._reader.read_rows(stream.name)
         ]
         return pa.Table.from_batches(batches, schema=schema)
 

@@ -36,7 +36,12 @@ def steps_per_epoch(manifest: Manifest, batch_size: int, drop_remainder: bool = 
 
 
 def batches(
-    manifest: Manifest, batch_size: int, *, epochs: int = 1, seed: int | None = None, drop_remainder: bool = True
+    manifest: Manifest,
+    batch_size: int,
+    *,
+    epochs: int = 1,
+    seed: int | None = None,
+    drop_remainder: bool = True,
 ) -> tf.data.Dataset:
     """Batches of `{column: tensor [batch_size]}` for `epochs` passes over the files.
 
@@ -67,7 +72,8 @@ def batches(
         if seed is not None:
             dataset = dataset.rebatch(WINDOW * manifest.rows_per_record).enumerate()
             dataset = dataset.map(
-                lambda number, window: _permute(window, seed, epoch, number), num_parallel_calls=tf.data.AUTOTUNE
+                lambda number, window: _permute(window, seed, epoch, number),
+                num_parallel_calls=tf.data.AUTOTUNE,
             )
         return dataset.rebatch(batch_size, drop_remainder=drop_remainder)
 

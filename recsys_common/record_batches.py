@@ -81,7 +81,7 @@ class Manifest:
     @property
     def paths(self) -> list[str]:
         """The files' paths, in order."""
-        return [os.path.join(self.folder, file.name) for file in self.files]  # noqa: PTH118: may be gs://
+        return [os.path.join(self.folder, file.name) for file in self.files]
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Manifest:
@@ -92,7 +92,7 @@ class Manifest:
           ValueError: the manifest is of another version or not ours, or a file has another size.
         """
         folder = os.fspath(folder)
-        path = os.path.join(folder, MANIFEST)  # noqa: PTH118
+        path = os.path.join(folder, MANIFEST)
         if not tf.io.gfile.exists(path):
             found = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else None
             state = "the folder does not exist" if found is None else f"the folder holds {len(found)} other files"
@@ -125,7 +125,7 @@ class Manifest:
     def _save(self) -> None:
         content = asdict(self) | {"rows": self.rows}
         del content["folder"]
-        path = os.path.join(self.folder, MANIFEST)  # noqa: PTH118
+        path = os.path.join(self.folder, MANIFEST)
         with tf.io.gfile.GFile(path + ".writing", "w") as stream:
             stream.write(json.dumps(content, indent=1) + "\n")
         tf.io.gfile.rename(path + ".writing", path, overwrite=True)
@@ -174,7 +174,7 @@ def write(
     named = {file.name for file in files}
     for name in tf.io.gfile.listdir(folder):
         if name.startswith("part-") and name not in named:
-            tf.io.gfile.remove(os.path.join(folder, name))  # noqa: PTH118
+            tf.io.gfile.remove(os.path.join(folder, name))
     return manifest
 
 
@@ -187,10 +187,17 @@ def verify(manifest: Manifest) -> None:
     for file, path in zip(manifest.files, manifest.paths, strict=True):
         found = _sha256(path)
         if found != file.sha256:
-            raise ValueError(f"{path}: sha256 {found[:12]}..., the manifest says {file.sha256[:12]}...: the file changed")
+            raise ValueError(
+                f"{path}: sha256 {found[:12]}..., the manifest says {file.sha256[:12]}...: the file changed"
+            )
         rows = sum(
-            int(tf.shape(batch[manifest.columns[0].name].to_tensor() if manifest.columns[0].ragged
-                         else batch[manifest.columns[0].name])[0])
+            int(
+                tf.shape(
+                    batch[manifest.columns[0].name].to_tensor()
+                    if manifest.columns[0].ragged
+                    else batch[manifest.columns[0].name]
+                )[0]
+            )
             for batch in tf.data.TFRecordDataset(path, manifest.compression).map(decoder(manifest))
         )
         if rows != file.rows:
@@ -281,7 +288,7 @@ def _order(table: pa.Table, seed: int) -> np.ndarray:
 
 def _write_file(folder, number, arrays, order, rows_per_record, compression) -> File:
     """Write a file under a passing name, then give it the name that its content decides."""
-    path = os.path.join(folder, f"part-{number:05d}.writing")  # noqa: PTH118
+    path = os.path.join(folder, f"part-{number:05d}.writing")
     size = sum(array.nbytes for array in arrays.values())
     if "://" not in folder and not compression and shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, _full(size, folder), path)
@@ -306,7 +313,7 @@ def _write_file(folder, number, arrays, order, rows_per_record, compression) -> 
         written = tf.io.gfile.stat(path).length
         digest = _sha256(path)
         final = f"part-{number:05d}-{digest[:8]}.tfrecord"
-        tf.io.gfile.rename(path, os.path.join(folder, final), overwrite=True)  # noqa: PTH118
+        tf.io.gfile.rename(path, os.path.join(folder, final), overwrite=True)
     except (OSError, tf.errors.OpError) as error:
         if tf.io.gfile.exists(path):
             tf.io.gfile.remove(path)

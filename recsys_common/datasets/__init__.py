@@ -55,3 +55,35 @@ class RatingTables:
     items: pa.Table
     time: Literal["seconds", "order", "none"]
     truth: object | None = None
+
+
+def load(
+    name: str, data_dir: str = "data", *, rows: int = 100_000, seed: int = 1, duplicates: str = "error"
+) -> RatingTables | str:
+    """Read, download or simulate a data set.
+
+    Args:
+      name: "simulated", "sample" (the committed one), "netflix", a key of `movielens.NAMES`, or a BigQuery table
+        `project.dataset.table`, whose name is returned as it is: `bigquery.Warehouse.load` reads it in place.
+      data_dir: where the folders of real data sets lie, or are downloaded to.
+      rows: ratings to simulate.
+      seed: of the simulation.
+      duplicates: what to do with a second rating of an item by a user: "error", or "last" to keep the later one.
+
+    Raises:
+      ValueError: an unknown name, or a file with a bad line (file, line, found, expected).
+      FileNotFoundError: files that are missing and cannot be downloaded.
+    """
+    from recsys_common.datasets import movielens, netflix, simulated
+
+    if name.count(".") == 2:
+        return name
+    if name == "simulated":
+        return simulated.load(rows, seed)
+    if name == "sample":
+        return movielens.read_csv_folder(f"{data_dir}/sample", name, duplicates=duplicates)
+    if name == "netflix":
+        return netflix.load(data_dir, duplicates=duplicates)
+    if name in movielens.NAMES:
+        return movielens.load(name, data_dir, duplicates=duplicates)
+    raise ValueError(f"{name!r} is not a data set; expected simulated, sample, netflix, {', '.join(movielens.NAMES)}")

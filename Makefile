@@ -1,0 +1,78 @@
+# `make` alone says what there is. Nothing here but GNU make (3.81 is enough) and Python 3.11 to 3.13 is needed.
+
+SCALE    = small
+DATASET  =
+DATA_DIR =
+EXTRA    =
+CHAPTER  =
+FORCE    =
+PYTHON   =
+
+BIN   = .venv/bin
+BOOK  = $(BIN)/python tools/book.py
+FORCED  = $(if $(FORCE),--force)
+OPTIONS = --scale '$(SCALE)' --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --extra '$(EXTRA)' $(FORCED)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help book test plan rehearse bench doctor lab sync lint check pytest lock clean clean-cloud
+
+help:  ## this list
+	@sed -n 's/^\([a-zN%-]*\):[^#]*##  *\(.*\)/  make \1|\2/p' Makefile | sed 's/%/N/' | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
+	@echo
+	@echo "  SCALE=small|medium|full   DATASET=ml-1m   DATA_DIR=folder   EXTRA=\"batch_size=8192 epochs=3\""
+	@echo "  CHAPTER=N   FORCE=1 (run what is unchanged too)   PYTHON=python3.12 (to make .venv with)"
+
+book: .venv/installed  ## run every chapter (those that changed) and print seconds and memory
+	@$(BOOK) run $(CHAPTER) $(OPTIONS)
+
+test: export TESTS_STARTED := $(shell date +%s)
+test: lint check pytest  ## everything: lint, every chapter against its committed outputs, the tests
+
+chapter-%: .venv/installed  ## one chapter, into runs/SCALE/chapter-N.ipynb
+	@$(BOOK) run $* $(OPTIONS)
+
+plan: .venv/installed  ## what a full run will do and cost; nothing is paid for
+	@$(BIN)/python -m recsys_common.costs --scale full $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(DATASET),--table '$(DATASET)')
+
+rehearse: .venv/installed  ## the full path here, without an account: make rehearse CHAPTER=1
+	@$(BOOK) rehearse $(CHAPTER) --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --extra '$(EXTRA)' $(FORCED)
+
+bench: .venv/installed  ## measure what the chapters quote, into benchmarks/*.json
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+doctor: .venv/installed  ## is this machine ready, and for which scale?
+	@$(BIN)/python -m recsys_common.doctor
+
+lab: .venv/installed  ## JupyterLab on the chapters
+	@$(BIN)/python -m jupyter lab --notebook-dir=chapters
+
+sync: .venv/installed  ## chapters/N_name.py -> N_name.ipynb, executed at the small scale
+	@$(BOOK) sync $(CHAPTER) $(FORCED)
+
+check: .venv/installed  ## execute the committed notebooks and compare their outputs
+	@$(BOOK) check $(CHAPTER) $(FORCED)
+
+# bqemulator brings a pytest plugin that stops where testcontainers, a package for Docker, is not installed.
+pytest: .venv/installed  ## the tests alone; they read the metrics that check leaves
+	@$(BIN)/python -m pytest -q -p no:bqemulator
+
+lint: .venv/installed  ## ruff's rules and format, chapters included
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+
+lock:  ## requirements.txt anew from pyproject.toml; uv is fetched into build/ if there is none
+	@command -v uv >/dev/null || [ -x build/uv/bin/uv ] || \
+	    { python3 -m venv build/uv && build/uv/bin/python -m pip install --quiet uv; }
+	PATH="$$PATH:$(CURDIR)/build/uv/bin" uv pip compile pyproject.toml --extra test --universal --quiet \
+	    --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.txt
+
+clean:  ## remove what runs and builds left (.venv and data/ stay)
+	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find chapters recsys_common tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+clean-cloud:  ## remove what full runs left in Google Cloud
+	@echo "Nothing to remove: no chapter has written to Google Cloud from here."
+
+# Nothing is installed twice, and an install that was cut short is not taken for whole: the file comes last.
+.venv/installed: requirements.txt pyproject.toml
+	@sh tools/environment.sh $(PYTHON)

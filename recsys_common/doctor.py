@@ -1,0 +1,171 @@
+"""Is this machine ready, and for which scale?
+
+    python -m recsys_common.doctor        (make doctor)
+
+Prints a line for each check, [OK], [FAIL] with the mend, or [skip] with the reason, and exits with 1 when something
+that SCALE=small needs has failed. TensorFlow is not imported: its version is read from the installed packages, and
+devices from the operating system.
+
+Needs: scale.py embedded_bigquery.py bigquery.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from recsys_common import scale
+
+MEMORY_GB = {"small": 4, "medium": 16}
+DISK_GB = {"small": 6, "medium": 20}  # .venv takes 3
+LOCK = Path(__file__).parent.parent / "requirements.txt"
+
+
+class Skip(Exception):
+    """The check does not apply here; the message says why."""
+
+
+def python() -> str:
+    """Python 3.11 to 3.13."""
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise RuntimeError(
+            f"Python {platform.python_version()}, expected 3.11 to 3.13 (TensorFlow 2.21 has no wheel for others): "
+            "install one and run `rm -rf .venv; make book PYTHON=python3.12`"
+        )
+    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+
+
+def lock() -> str:
+    """Every installed package has the locked version."""
+    if not LOCK.exists():
+        raise Skip("no requirements.txt beside the package: this is not a checkout")
+    locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+?) \\$", LOCK.read_text(), re.MULTILINE))
+    wrong = []
+    for name, version in locked.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "missing"
+        if found != version:
+            wrong.append(f"{name} {found} (locked: {version})")
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} packages differ from the lock: {', '.join(wrong[:4])}; run `rm -rf .venv` and `make book`")
+    return f"{len(locked)} packages as locked, tensorflow {locked['tensorflow']}, tf-keras {locked['tf-keras']}"
+
+
+def memory() -> str:
+    """Enough memory for small; says whether for medium too."""
+    gb = scale.machine()["memory_gb"]
+    if gb < MEMORY_GB["small"]:
+        raise RuntimeError(f"{gb} GB, SCALE=small needs {MEMORY_GB['small']}: close other programs or take another machine")
+    return f"{gb} GB" + ("" if gb >= MEMORY_GB["medium"] else f"; SCALE=medium wants {MEMORY_GB['medium']}")
+
+
+def disk() -> str:
+    """Enough free disk where results and downloads go."""
+    gb = shutil.disk_usage(".").free / 2**30
+    if gb < DISK_GB["small"]:
+        raise RuntimeError(f"{gb:.1f} GB free here, SCALE=small needs {DISK_GB['small']}: free some, or move the checkout")
+    return f"{gb:.0f} GB free" + ("" if gb >= DISK_GB["medium"] else f"; SCALE=medium wants {DISK_GB['medium']}")
+
+
+def processor() -> str:
+    """What trains at small and medium."""
+    machine = scale.machine()
+    return f"{machine['cores']} cores, {machine['cpu']}"
+
+
+def gpu() -> str:
+    """NVIDIA GPUs, as their driver tells."""
+    if not shutil.which("nvidia-smi"):
+        raise Skip("no NVIDIA driver; small and medium run on the CPU")
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvidia-smi fails: {(done.stderr or done.stdout).strip()[:200]}; mend the driver")
+    return "; ".join(done.stdout.strip().splitlines())
+
+
+def tpu() -> str:
+    """TPU chips of this machine."""
+    chips = sorted(Path("/dev").glob("accel*"))  # v2 to v4 have these; newer ones pass through VFIO
+    if "TPU_ACCELERATOR_TYPE" in os.environ:
+        chips += sorted(Path("/dev/vfio").glob("[0-9]*"))
+    if not chips:
+        raise Skip("none here; chapter 5 compiles for one all the same")
+    return f"{len(chips)} accelerator devices"
+
+
+def embedded_bigquery() -> str:
+    """The embedded BigQuery starts and answers."""
+    from recsys_common import bigquery
+
+    start = time.perf_counter()
+    with bigquery.connect() as warehouse:
+        ready = time.perf_counter() - start
+        answer = warehouse.query("SELECT FARM_FINGERPRINT('a') AS h")["h"][0].as_py()
+    if answer != -5528939962900187677:
+        raise RuntimeError(f"FARM_FINGERPRINT('a') is {answer}; the embedded BigQuery is broken, run `rm -rf .venv` and `make book`")
+    return f"answers after {ready:.1f} s"
+
+
+def google() -> str:
+    """Credentials for Google Cloud."""
+    found = scale.credentials()
+    if not found:
+        raise Skip("none; only SCALE=full needs them: `gcloud auth application-default login`")
+    return found
+
+
+def full() -> str:
+    """Project, bucket and table for SCALE=full, from the environment."""
+    given = [os.environ.get(name, "") for name in ("PROJECT", "BUCKET", "DATASET")]
+    if not any(given):
+        raise Skip("PROJECT, BUCKET and DATASET are not set in the environment; only SCALE=full needs them")
+    missing = scale.missing_for_full(*given)
+    if missing:
+        raise RuntimeError("missing: " + "; ".join(missing))
+    return f"project {given[0]}, bucket {given[1]}, table {given[2]}"
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "Python": python,
+    "packages": lock,
+    "memory": memory,
+    "disk": disk,
+    "processor": processor,
+    "GPU": gpu,
+    "TPU": tpu,
+    "embedded BigQuery": embedded_bigquery,
+    "Google credentials": google,
+    "SCALE=full": full,
+}
+
+
+def main() -> int:
+    """Run the checks; 0 when nothing failed."""
+    argparse.ArgumentParser(description="Check this machine, one line a check; exits with 1 when one fails.").parse_args()
+    failed = 0
+    for name, check in CHECKS.items():
+        try:
+            mark, text = "[OK]  ", check()
+        except Skip as reason:
+            mark, text = "[skip]", str(reason)
+        except Exception as error:  # a doctor reports every failure, of whatever kind, and goes on
+            mark, text, failed = "[FAIL]", f"{error}", failed + 1
+        print(f"{mark} {name:19}{text}", flush=True)
+    print("ready for SCALE=small and medium" if not failed else f"{failed} failed: mend them from the top")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

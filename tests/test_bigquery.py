@@ -1,0 +1,242 @@
+"""The warehouse: the real client against the embedded service."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from recsys_common import bigquery, datasets
+from recsys_common.datasets import ITEMS_SCHEMA, RATINGS_SCHEMA, RatingTables
+
+
+def ratings(rows: list[tuple]) -> pa.Table:
+    return pa.table(list(zip(*rows, strict=True)), schema=RATINGS_SCHEMA)
+
+
+def small_tables() -> RatingTables:
+    """4 users; user 4 appears only at the end, item 40 too."""
+    rows = [
+        (1, 10, 5.0, 100), (1, 20, 4.0, 200), (1, 30, 3.0, 900),
+        (2, 10, 2.0, 110), (2, 20, 1.0, 210), (2, 40, 5.0, 950),
+        (3, 10, 4.0, 120), (3, 30, 4.0, 300), (4, 20, 3.0, 960), (3, 20, 2.0, 130),
+    ]  # fmt: skip
+    items = pa.table([[10, 20, 30, 40], ["A", "B", "C, or D", "E"], [["x"], [], ["x", "y"], ["y"]]], schema=ITEMS_SCHEMA)
+    return RatingTables("small", ratings(rows), items, "seconds")
+
+
+@pytest.fixture(scope="module")
+def warehouse():
+    with bigquery.connect() as connected:
+        yield connected
+
+
+@pytest.fixture
+def loaded(warehouse):
+    warehouse.load(small_tables())
+    return warehouse
+
+
+def rows_of(table: pa.Table) -> list[tuple]:
+    return sorted(tuple(row.values()) for row in table.to_pylist())
+
+
+def test_load_gives_the_same_rows_back(loaded):
+    table = small_tables()
+    assert rows_of(loaded.read("ratings")) == rows_of(table.ratings)
+    assert rows_of(loaded.query("SELECT * FROM ratings")) == rows_of(table.ratings)
+    read = {row["item_id"]: row for row in loaded.query("SELECT * FROM items").to_pylist()}
+    assert read[30] == {"item_id": 30, "title": "C, or D", "genres": ["x", "y"]}
+
+
+def test_loading_again_replaces(loaded):
+    loaded.load(small_tables())
+    assert loaded.count("ratings") == 10
+
+
+def test_ids_at_the_edge_of_int64_survive(warehouse):
+    edge = 2**63 - 1
+    tables = small_tables()
+    warehouse.load(RatingTables("edge", ratings([(edge, 10, 0.5, 0), (0, 20, 5.0, edge)]), tables.items, "seconds"))
+    assert rows_of(warehouse.read("ratings")) == [(0, 20, 5.0, edge), (edge, 10, 0.5, 0)]
+
+
+def test_temporal_split_shows_no_one_the_future(loaded):
+    loaded.run("temporal_split.sql", train_fraction=0.8)
+    split = loaded.query("SELECT split, timestamp FROM split_ratings").to_pylist()
+    train = [row["timestamp"] for row in split if row["split"] == "train"]
+    test = [row["timestamp"] for row in split if row["split"] == "test"]
+    assert len(train) + len(test) == 10
+    assert max(train) < min(test)
+    assert sorted(test) == [900, 950, 960]
+
+
+def test_leave_one_out_holds_out_the_last_and_the_last_but_one(loaded):
+    loaded.run("leave_last_out.sql", holdout=1)
+    found = rows_of(loaded.query("SELECT user_id, item_id, split FROM split_ratings"))
+    assert [(u, i) for u, i, s in found if s == "test"] == [(1, 30), (2, 40), (3, 30), (4, 20)]
+    assert [(u, i) for u, i, s in found if s == "validation"] == [(1, 20), (2, 20), (3, 20)]
+
+
+def test_leave_one_out_breaks_equal_times_by_item(warehouse):
+    tables = small_tables()
+    same_time = ratings([(1, item, 3.0, 5) for item in (20, 40, 10, 30)])
+    warehouse.load(RatingTables("ties", same_time, tables.items, "seconds"))
+    warehouse.run("leave_last_out.sql", holdout=1)
+    assert rows_of(warehouse.query("SELECT item_id FROM split_ratings WHERE split = 'test'")) == [(40,)]
+
+
+def test_vocabularies_number_training_ids_by_frequency(loaded):
+    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("vocabularies.sql")
+    items = rows_of(loaded.query("SELECT item_index, item_id, frequency FROM item_vocabulary"))
+    # 10 and 20 both have three training rows: the smaller id first; 40 has none
+    assert items == [(0, 40, 0), (1, 10, 3), (2, 20, 3), (3, 30, 1)]
+    users = rows_of(loaded.query("SELECT user_index, user_id FROM user_vocabulary"))
+    assert users == [(0, 4), (1, 3), (2, 1), (3, 2)]
+
+
+def test_examples_keep_every_row_once_and_spread_them(warehouse):
+    tables = datasets.load("simulated", rows=20_000)
+    warehouse.load(tables)
+    warehouse.run("temporal_split.sql", train_fraction=0.8)
+    warehouse.run("vocabularies.sql")
+    warehouse.run("examples.sql", shards=8)
+    shards = list(warehouse.shards("examples", {"split": "train"}))
+    sizes = [shard.num_rows for shard in shards]
+    assert len(sizes) == 8 and min(sizes) > 0.8 * max(sizes)
+    read = pa.concat_tables([*shards, *warehouse.shards("examples", {"split": "test"})])
+    assert read.num_rows == 20_000
+    back = warehouse.query(
+        "SELECT user_id, item_id, timestamp, COUNT(*) OVER () AS n FROM examples "
+        "JOIN user_vocabulary USING (user_index) JOIN item_vocabulary USING (item_index) "
+        "WHERE user_index > 0 AND item_index > 0"
+    )
+    original = {(r["user_id"], r["item_id"], r["timestamp"]) for r in tables.ratings.to_pylist()}
+    found = [(r["user_id"], r["item_id"], r["timestamp"]) for r in back.to_pylist()]
+    assert len(found) == len(set(found)) and set(found) <= original
+    # a shard is a random sample: each has about its share of the most popular item
+    popular = [np.mean(shard["item_index"].to_numpy() == 1) for shard in shards]
+    assert max(popular) < 3 * min(popular)
+
+
+def test_values_go_in_as_parameters(loaded):
+    title = "C, or D'; DROP TABLE items; --"
+    assert loaded.query("SELECT COUNT(*) AS n FROM items WHERE title = @t", t=title).to_pylist() == [{"n": 0}]
+    found = loaded.query("SELECT title FROM items WHERE item_id IN UNNEST(@ids) ORDER BY title", ids=[10, 40])
+    assert found["title"].to_pylist() == ["A", "E"]
+    with pytest.raises(ValueError, match="not a plain table or column name"):
+        loaded.count("items; DROP TABLE items")
+    with pytest.raises(ValueError, match="not a plain"):
+        list(loaded.shards("examples", {"split": "x' OR '1'='1"}))
+
+
+def test_an_existing_table_is_read_in_place(loaded):
+    loaded.query(
+        "CREATE OR REPLACE TABLE theirs AS "
+        "SELECT user_id, item_id, rating, TIMESTAMP_SECONDS(timestamp) AS timestamp FROM ratings"
+    )
+    before = rows_of(loaded.query("SELECT * FROM ratings"))
+    loaded.query("DROP TABLE ratings")
+    loaded.load("embedded.recsys.theirs")
+    assert rows_of(loaded.query("SELECT * FROM ratings")) == before
+
+
+@pytest.mark.parametrize("name", ["ratings", "a.b.c; DROP TABLE x", "p.d.`t`", "p..t"])
+def test_a_table_name_is_checked_before_it_meets_sql(loaded, name):
+    with pytest.raises(ValueError, match=r"not a BigQuery table name; expected project\.dataset\.table"):
+        loaded.load(name)
+
+
+def test_a_missing_column_is_named(loaded):
+    loaded.query("CREATE OR REPLACE TABLE narrow AS SELECT user_id, item_id, timestamp FROM ratings")
+    with pytest.raises(ValueError, match="embedded.recsys.narrow has no column 'rating'; it has user_id, item_id, timestamp"):
+        loaded.load("embedded.recsys.narrow")
+
+
+def test_nulls_and_nan_in_a_table_are_counted(loaded):
+    loaded.query(
+        "CREATE OR REPLACE TABLE bad AS SELECT NULLIF(user_id, 1) AS user_id, item_id, "
+        "IF(item_id = 40, CAST('nan' AS FLOAT64), rating) AS rating, timestamp FROM ratings"
+    )
+    with pytest.raises(ValueError, match="bad: 3 rows with null user_id, 1 rows with not finite_rating; expected none"):
+        loaded.load("embedded.recsys.bad")
+
+
+def test_an_empty_table_is_refused(loaded):
+    loaded.query("CREATE OR REPLACE TABLE nothing AS SELECT * FROM ratings WHERE FALSE")
+    with pytest.raises(ValueError, match="embedded.recsys.nothing has 0 ratings; there is nothing to train on"):
+        loaded.load("embedded.recsys.nothing")
+    empty = RatingTables("empty", RATINGS_SCHEMA.empty_table(), small_tables().items, "seconds")
+    with pytest.raises(ValueError, match="'ratings' has 0 rows"):
+        loaded.load(empty)
+
+
+def test_no_row_for_a_shard_export_is_an_error(loaded):
+    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("vocabularies.sql")
+    loaded.run("examples.sql", shards=2)
+    with pytest.raises(ValueError, match="'examples' has no rows where split = 'validation'"):
+        next(loaded.shards("examples", {"split": "validation"}))
+
+
+def test_a_mistake_in_sql_fails_at_once(loaded):
+    from google.api_core.exceptions import GoogleAPIError
+
+    start = time.perf_counter()
+    with pytest.raises(GoogleAPIError, match="no_such_table"):
+        loaded.query("SELECT * FROM no_such_table")
+    assert time.perf_counter() - start < 15
+
+
+def test_two_warehouses_side_by_side_do_not_meet():
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: bigquery.connect(), range(2))
+    with first, second:
+        first.query("CREATE TABLE mine AS SELECT 1 AS x")
+        second.query("CREATE TABLE mine AS SELECT 2 AS x")
+        assert first.query("SELECT x FROM mine")["x"][0].as_py() == 1
+        assert second.query("SELECT x FROM mine")["x"][0].as_py() == 2
+
+
+def test_ports_that_are_in_use_do_not_matter():
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        taken = {one.getsockname()[1], two.getsockname()[1]}
+        with bigquery.connect() as warehouse:
+            ours = {int(address.rsplit(":", 1)[1]) for address in (warehouse._server.rest, warehouse._server.grpc)}
+            assert len(ours) == 2 and not ours & taken
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_parent_leaves_no_server_and_no_files(how):
+    code = """
+        import sys
+        from recsys_common import bigquery
+        warehouse = bigquery.connect()
+        print(warehouse._server.pid, warehouse._server.root, flush=True)
+        sys.stdin.read()
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    pid, root = parent.stdout.readline().split()
+    server = psutil.Process(int(pid))
+    assert server.is_running()
+    parent.send_signal(how)
+    parent.wait()
+    server.wait(10)
+    assert not os.path.exists(root)
+
+
+def test_a_server_that_cannot_start_says_why(monkeypatch):
+    monkeypatch.setenv("BQEMU_MAX_CONCURRENT_JOBS", "none")  # a setting that the emulator refuses
+    with pytest.raises(RuntimeError, match=r"(?s)embedded BigQuery did not start.*max_concurrent_jobs.*make doctor"):
+        bigquery.connect()

@@ -1,0 +1,85 @@
+"""Do the models of the chapters still reach what they reached? Reads what the chapters recorded at SCALE=small.
+
+The bands are around values measured at the committed seed. Each is tighter than the distance to the popularity
+baseline, so a model that recommends nothing, or only what is popular, is outside.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import notebooks
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# chapter -> case -> (lowest, highest) value; cases named in FLOORS are what a model must beat.
+BANDS = {
+    1: {
+        "matrix factorization NDCG@10": (0.0, 0.0),
+        "popularity NDCG@10": (0.0, 0.0),
+        "best reachable NDCG@10": (0.0, 0.0),
+        "chance NDCG@10": (0.0, 0.0),
+    },
+}
+# chapter -> the models, and the baseline that each must leave behind.
+FLOORS = {1: {"matrix factorization NDCG@10": "popularity NDCG@10"}}
+
+
+def recorded(number):
+    """The recorded values of one chapter by case."""
+    path = ROOT / "runs" / "small" / f"chapter-{number}" / "metrics.json"
+    assert path.is_file(), f"{path.relative_to(ROOT)} is missing: run make test, or make chapter-{number}, first"
+    return {row["case"]: row["value"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+
+
+def violations(values, bands):
+    """The cases that are missing or outside of their bands, one line each; NaN is outside of any."""
+    missing = [f"{case}: not recorded; recorded: {sorted(values)}" for case in bands if case not in values]
+    outside = [
+        f"{case}: {values[case]} is outside of {low} to {high}"
+        for case, (low, high) in bands.items()
+        if case in values and not low <= values[case] <= high
+    ]
+    return missing + outside
+
+
+def test_every_chapter_has_bands():
+    assert list(BANDS) == list(notebooks.chapters(ROOT / "chapters"))
+    assert list(FLOORS) == list(BANDS)
+
+
+@pytest.mark.parametrize("number", BANDS)
+def test_recorded_metrics_lie_in_their_bands(number):
+    assert violations(recorded(number), BANDS[number]) == []
+
+
+@pytest.mark.parametrize("number", BANDS)
+def test_bands_are_tighter_than_the_distance_to_the_baseline(number):
+    for model, baseline in FLOORS[number].items():
+        low, high = BANDS[number][model]
+        top_of_baseline = BANDS[number][baseline][1]
+        assert low > top_of_baseline, f"{model} may fall to {low}, which {baseline} reaches"
+        assert high - low < (low + high) / 2 - top_of_baseline, f"the band of {model} is too wide"
+
+
+@pytest.mark.parametrize("number", BANDS)
+def test_the_gate_can_fail(number):
+    good = recorded(number)
+    for model, baseline in FLOORS[number].items():
+        for bad in (0.0, good[baseline], math.nan):
+            (told,) = violations(good | {model: bad}, BANDS[number])
+            assert told.startswith(f"{model}: {bad} is outside of")
+        (told,) = violations({case: value for case, value in good.items() if case != model}, BANDS[number])
+        assert told.startswith(f"{model}: not recorded")
+
+
+@pytest.mark.parametrize("number", BANDS)
+def test_the_check_stayed_within_memory_and_says_how_long_it_took(number, tell):
+    path = ROOT / "runs" / "small" / f"chapter-{number}" / "check.json"
+    assert path.is_file(), f"{path.relative_to(ROOT)} is missing: run make check first"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    seconds, memory = record["seconds"], record["peak_memory_mb"]
+    slow = " - over its budget of 75 s" if seconds > 75 else ""  # told, not failed: the machine may be slow
+    tell(f"chapter {record['chapter']}: {seconds:.0f} s, {memory:,} MB at the small scale{slow}")
+    assert memory <= 4_000, f"peak memory {memory} MB, the budget is 4 GB"
