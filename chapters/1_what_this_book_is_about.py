@@ -60,8 +60,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import recsys_common
 import tensorflow as tf
+
 from recsys_common import bigquery, datasets, evaluation, input_pipeline, record_batches, saving, scale, training
 from recsys_common.models.matrix_factorization import MatrixFactorization
 
@@ -266,7 +266,7 @@ if getattr(tables, "truth", None) is not None:
     window = (cut["s"][0].as_py(), cut["e"][0].as_py())
     rankers["best reachable"] = tables.truth.ranker(last, items["item_id"].to_numpy(), window)
 
-# %%
+# %% tags=["main-result"]
 results = {name: evaluation.evaluate(scores, *asked, *seen, num_items, K) for name, scores in rankers.items()}
 results = pd.DataFrame(results).T
 results.drop(columns="users").round(3)
@@ -311,7 +311,7 @@ pd.DataFrame({"liked before": liked["title"], "recommended": titles["title"].tol
 # outside world and finds its own rows, so whoever loads it needs neither the vocabulary nor this project.
 
 # %%
-saved = Path(RUNS_DIR) / SCALE / "chapter-1" / "model"
+saved = scale.run_folder(RUNS_DIR, SCALE, "chapter-1") / "model"
 user_ids = warehouse.query("SELECT user_id FROM user_vocabulary WHERE user_index > 0 ORDER BY user_index")["user_id"]
 vectors = model.users(tf.range(num_users)).numpy(), model.items(tf.range(num_items)).numpy()
 about = {"model": "matrix factorization", "dim": DIM, "rows": train.rows, "dataset": DATASET, "seed": SEED}
@@ -325,7 +325,8 @@ item_ids = items["item_id"].to_numpy()[recommended].tolist()
 program = f"""
 import sys, tensorflow as tf
 score = tf.saved_model.load({str(saved)!r}).signatures["score"]
-score = score(user_id=tf.constant([{user_ids[person - 1].as_py()}] * {K}, tf.int64), item_id=tf.constant({item_ids}, tf.int64))
+user_id = tf.constant([{user_ids[person - 1].as_py()}] * {len(item_ids)}, tf.int64)
+score = score(user_id=user_id, item_id=tf.constant({item_ids}, tf.int64))
 assert "recsys_common" not in sys.modules
 print(*score["score"].numpy())"""
 answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -356,8 +357,8 @@ print(masked[-2].strip())
 # %% [markdown]
 # There is no `outputs` in our code, and no loop. The loop is in Keras: with `steps_per_execution` above 1 it runs
 # `for _ in tf.range(n): outputs = step(...)`. AutoGraph turns that loop into a graph and traces the body once to learn
-# what `outputs` looks like. *Any* error of ours that happens in there is swallowed, and what is reported instead is the
-# variable that therefore has no value. The only trace of the truth is the last line of the message, without file or line:
+# what `outputs` looks like. *Any* error of ours that happens in there is swallowed, and what is reported instead is
+# the variable that therefore has no value. The only trace of the truth is the last line, without file or number:
 
 # %%
 print(masked[-1].strip())
@@ -374,8 +375,8 @@ except KeyError as error:
 print(f"KeyError in {Path(place.filename).name}, in {place.name}: {place.line}")
 
 # %% [markdown]
-# Remember one rule from this page: **when the message speaks of `outputs` and a loop, set `steps_per_execution=1` and run
-# again.** Chapter 4 builds a decoder that does it for you.
+# Remember one rule from this page: **when the message speaks of `outputs` and a loop, set `steps_per_execution=1`
+# and run again.** Chapter 4 builds a decoder that does it for you.
 #
 # ## Pain 2: the table that slows down
 #
@@ -398,14 +399,16 @@ slow.round(1)
 # %%
 figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 axis.plot(slow.index, slow, marker="o", label=list(slow.columns))
-axis.set(xscale="log", yscale="log", xlabel="rows in the user table", ylabel="ms a step", title="Same batches, longer table")
+axis.set(
+    xscale="log", yscale="log", xlabel="rows in the user table", ylabel="ms a step", title="Same batches, longer table"
+)
 axis.grid(alpha=0.3)
 _ = axis.legend()
 
 # %% [markdown]
 # Adam keeps two running means for every row and moves every row a little at every step, touched or not. At a million
-# rows most of the time goes there, and the book's hundred million do not even fit. Adagrad in tf-keras updates the rows of the batch
-# and no others. Chapter 4 keeps Adam *and* the flat line.
+# rows most of the time goes there, and the book's hundred million do not even fit. Adagrad in tf-keras updates the
+# rows of the batch and no others. Chapter 4 keeps Adam *and* the flat line.
 #
 # ## Pain 3: the input that is parsed row by row
 #
@@ -447,8 +450,8 @@ axis.set(xlabel="M rows/s, this machine", title="The same rows, read three ways"
 axis.margins(x=0.15)
 
 # %% [markdown]
-# Two ways parse text and handle rows one at a time; the third hands over memory. It is shuffled as well, which the others are not.
-# And this table is small: what a pass over fifty billion rows takes is a division.
+# Two ways parse text and handle rows one at a time; the third hands over memory. It is shuffled as well, which the
+# others are not. And this table is small: what a pass over fifty billion rows takes is a division.
 
 # %% tags=["nbval-ignore-output"]
 hours = 50e9 / (speed["M rows/s"] * 1e6) / 3600
@@ -462,9 +465,9 @@ hours.round(0).astype(int).rename("hours for 50 billion rows").to_frame()
 # | chapter | the question |
 # |---|---|
 # | **1 what this book is about** | What is the whole road, and where does it hurt? |
-# | 2 data export | How do rows get from a BigQuery table to tensors? *(cures pain 3)* |
-# | 3 scaling data | What if the data is larger than memory, and the workers are many? *(and keeps it cured)* |
-# | 4 training large tables | Why does the embedding layer slow down, and how does a run survive? *(cures pains 1 and 2)* |
+# | 2 data export | How do rows get from a BigQuery table to tensors? *(pain 3)* |
+# | 3 scaling data | What if the data is larger than memory, and the workers are many? *(pain 3, for good)* |
+# | 4 training large tables | Why does the embedding layer slow down, and how does a run survive? *(pains 1, 2)* |
 # | 5 TPU training | What is a TPU, does my model run on it, does it pay? |
 # | 6 config and saving | How does a team share, repeat and ship a model? |
 # | 7 collaborative filtering | What do the simple models reach? |
@@ -484,12 +487,12 @@ hours.round(0).astype(int).rename("hours for 50 billion rows").to_frame()
 #
 # ## Exercises
 #
-# 1. Print the ten recommendations of someone without a single hit. Would you have shown them? What do they have in common?
+# 1. Print the ten recommendations of someone without a single hit. Would you have shown them?
 # 2. Set `DIM` to 2, 8 and 128. Where does NDCG@10 stop rising, and what happens to the coverage?
 # 3. Leave out the log-Q correction (`item_frequency=None`). Who gains, the head or the tail?
 # 4. Split at random instead of by time (`RAND() < 0.8` in a copy of the SQL). How much better does the same model look,
 #    and why is that number worth nothing?
-# 5. In pain 1, make the mistake a different one: a wrong shape, a metric that is `None`. Which part of the message changes?
+# 5. In pain 1, make another mistake: a wrong shape, a metric that is `None`. Which part of the message changes?
 
 # %%
 values = {f"{name} {metric}": (value, "") for name, row in results.iterrows() for metric, value in row.items()}

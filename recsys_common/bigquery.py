@@ -66,7 +66,9 @@ def _stage(warehouse: Warehouse) -> None:
     shop = Warehouse(warehouse._server, warehouse.project, "", "shop", "US")
     shop._upload("ratings", tables.ratings)
     shop._upload("items", tables.items)
-    shop.query("CREATE OR REPLACE TABLE ratings AS SELECT * REPLACE (TIMESTAMP_SECONDS(timestamp) AS timestamp) FROM ratings")
+    shop.query(
+        "CREATE OR REPLACE TABLE ratings AS SELECT * REPLACE (TIMESTAMP_SECONDS(timestamp) AS timestamp) FROM ratings"
+    )
 
 
 class Warehouse:

@@ -3,9 +3,9 @@
     python -m recsys_common.costs --rows 50e9 --ids 100e6                      (make plan)
     python -m recsys_common.costs --project p --table p.shop.ratings           rows as BigQuery counts them
 
-Bytes are computed from the columns that each step reads and the number of rows; nothing is sent to the cloud but, with
-`--table`, one free request for the table's metadata. Prices change and differ by region: none is built in. Read today's at
-cloud.google.com/bigquery/pricing and cloud.google.com/storage/pricing and pass them, and money is printed too.
+Bytes are computed from the columns that each step reads and the number of rows; nothing is sent to the cloud but,
+with `--table`, one free request for the table's metadata. Prices change and differ by region: none is built in. Read
+today's at cloud.google.com/bigquery/pricing and cloud.google.com/storage/pricing, pass them, and money is printed too.
 
 Needs: nothing else.
 """
@@ -17,8 +17,7 @@ import sys
 from dataclasses import dataclass
 
 TIB, GIB = 2**40, 2**30
-# BigQuery counts 8 bytes for INT64, FLOAT64 and TIMESTAMP, 2 + length for STRING; 'validation' is the longest split name
-# and 'train' the usual one.
+# BigQuery counts 8 bytes for INT64, FLOAT64 and TIMESTAMP, and 2 + length for STRING: 7 for 'train'.
 NUMBER, SPLIT = 8, 7
 
 
@@ -62,9 +61,15 @@ def plan(rows: float, ids: float, prices: dict[str, float | None]) -> str:
     for kind, unit, size in (("query", "TiB", TIB), ("read", "TiB", TIB), ("stored", "GiB and month", GIB)):
         amount = total[kind] / size
         price = prices[kind]
-        money = f"price not given (--price-{kind} X for a {unit})" if price is None else f"{amount * price:,.2f} in your currency"
+        money = (
+            f"price not given (--price-{kind} X for a {unit})"
+            if price is None
+            else f"{amount * price:,.2f} in your currency"
+        )
         lines.append(f"{kind:8}{amount:14,.2f} {unit:14} {money}")
-    lines.append("Tables and files are billed until they are deleted. Training is not in this plan: chapter 5 prices it.")
+    lines.append(
+        "Tables and files are billed until they are deleted. Training is not in this plan: chapter 5 prices it."
+    )
     return "\n".join(lines)
 
 
@@ -77,11 +82,17 @@ def main() -> int:
     parser.add_argument("--ids", type=float, default=100e6, help="users and items (default: 100e6)")
     parser.add_argument("--project", default="", help="Google Cloud project, to look the table's size up")
     parser.add_argument("--table", default="", help="project.dataset.table, instead of --rows")
-    for kind, unit in (("query", "TiB scanned"), ("read", "TiB through the Storage Read API"), ("stored", "GiB and month")):
+    for kind, unit in (
+        ("query", "TiB scanned"),
+        ("read", "TiB through the Storage Read API"),
+        ("stored", "GiB and month"),
+    ):
         parser.add_argument(f"--price-{kind}", type=float, help=f"currency for a {unit}, as read today")
     arguments = parser.parse_args()
     if arguments.scale != "full":
-        print(f"SCALE={arguments.scale} runs on this machine and costs nothing. `make plan SCALE=full` plans a full run.")
+        print(
+            f"SCALE={arguments.scale} runs on this machine and costs nothing. `make plan SCALE=full` plans a full run."
+        )
         return 0
     if arguments.chapter != 1:
         print(f"chapter {arguments.chapter} has no full run yet; chapter 1 has", file=sys.stderr)

@@ -58,7 +58,9 @@ def lock() -> str:
         if found != version:
             wrong.append(f"{name} {found} (locked: {version})")
     if wrong:
-        raise RuntimeError(f"{len(wrong)} packages differ from the lock: {', '.join(wrong[:4])}; run `rm -rf .venv` and `make book`")
+        raise RuntimeError(
+            f"{len(wrong)} packages differ from the lock: {', '.join(wrong[:4])}; run `rm -rf .venv` and `make book`"
+        )
     return f"{len(locked)} packages as locked, tensorflow {locked['tensorflow']}, tf-keras {locked['tf-keras']}"
 
 
@@ -66,7 +68,9 @@ def memory() -> str:
     """Enough memory for small; says whether for medium too."""
     gb = scale.machine()["memory_gb"]
     if gb < MEMORY_GB["small"]:
-        raise RuntimeError(f"{gb} GB, SCALE=small needs {MEMORY_GB['small']}: close other programs or take another machine")
+        raise RuntimeError(
+            f"{gb} GB, SCALE=small needs {MEMORY_GB['small']}: close other programs or take another machine"
+        )
     return f"{gb} GB" + ("" if gb >= MEMORY_GB["medium"] else f"; SCALE=medium wants {MEMORY_GB['medium']}")
 
 
@@ -74,7 +78,9 @@ def disk() -> str:
     """Enough free disk where results and downloads go."""
     gb = shutil.disk_usage(".").free / 2**30
     if gb < DISK_GB["small"]:
-        raise RuntimeError(f"{gb:.1f} GB free here, SCALE=small needs {DISK_GB['small']}: free some, or move the checkout")
+        raise RuntimeError(
+            f"{gb:.1f} GB free here, SCALE=small needs {DISK_GB['small']}: free some, or move the checkout"
+        )
     return f"{gb:.0f} GB free" + ("" if gb >= DISK_GB["medium"] else f"; SCALE=medium wants {DISK_GB['medium']}")
 
 
@@ -114,7 +120,9 @@ def embedded_bigquery() -> str:
         ready = time.perf_counter() - start
         answer = warehouse.query("SELECT FARM_FINGERPRINT('a') AS h")["h"][0].as_py()
     if answer != -5528939962900187677:
-        raise RuntimeError(f"FARM_FINGERPRINT('a') is {answer}; the embedded BigQuery is broken, run `rm -rf .venv` and `make book`")
+        raise RuntimeError(
+            f"FARM_FINGERPRINT('a') is {answer}; the embedded BigQuery is broken, run `rm -rf .venv` and `make book`"
+        )
     return f"answers after {ready:.1f} s"
 
 
@@ -153,7 +161,9 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 def main() -> int:
     """Run the checks; 0 when nothing failed."""
-    argparse.ArgumentParser(description="Check this machine, one line a check; exits with 1 when one fails.").parse_args()
+    argparse.ArgumentParser(
+        description="Check this machine, one line a check; exits with 1 when one fails."
+    ).parse_args()
     failed = 0
     for name, check in CHECKS.items():
         try:

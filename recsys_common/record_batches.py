@@ -273,7 +273,8 @@ def _cast(values: np.ndarray, dtype: str, name: str, where: str) -> np.ndarray:
     if bad.any():
         row = int(np.argmax(bad))
         raise ValueError(
-            f"{where}: column {name!r}, value {row} is {values[row]}, expected {expected}; {int(bad.sum()):,} such values"
+            f"{where}: column {name!r}, value {row} is {values[row]}, expected {expected}; "
+            f"{int(bad.sum()):,} such values"
         )
     return values.astype(target, copy=False)
 

@@ -83,7 +83,13 @@ def export(
         return {"item_id": tf.gather(module.item_ids, best.indices), "score": best.values}
 
     module.score, module.recommend = score, recommend
-    tf.saved_model.save(module, str(folder), signatures={"score": score, "recommend": recommend})
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("WARNING")  # "Assets written to" is no news
+    try:
+        tf.saved_model.save(module, str(folder), signatures={"score": score, "recommend": recommend})
+    finally:
+        logger.setLevel(level)
     extra = Path(folder) / "assets.extra"
     extra.mkdir(exist_ok=True)
     (extra / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")

@@ -28,6 +28,13 @@ DATASETS = {
     "medium": ("simulated", *MOVIELENS, "netflix"),
     "full": (),  # a BigQuery table of the reader's, project.dataset.table
 }
+# What `make rehearse` plays the full scale with; `bigquery.connect` puts the tables there.
+REHEARSAL = {
+    "PROJECT": "rehearsal",
+    "BUCKET": "rehearsal-bucket",
+    "DATASET": "rehearsal.shop.ratings",
+    "ITEMS_TABLE": "rehearsal.shop.items",
+}
 DEFAULT_DATASET = {"small": "simulated", "medium": "ml-latest-small", "full": ""}
 SIMULATED_ROWS = {"small": 100_000, "medium": 1_000_000}
 TABLE = re.compile(r"^[A-Za-z][A-Za-z0-9:-]*\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
@@ -60,7 +67,8 @@ def check(scale: str, dataset: str) -> None:
     elif dataset not in DATASETS[scale]:
         hint = " (at SCALE=medium)" if dataset in DATASETS["medium"] else ""
         raise ValueError(
-            f"DATASET={dataset!r} is not a data set of SCALE={scale}{hint}; expected one of {', '.join(DATASETS[scale])}"
+            f"DATASET={dataset!r} is not a data set of SCALE={scale}{hint}; "
+            f"expected one of {', '.join(DATASETS[scale])}"
         )
 
 
@@ -162,6 +170,13 @@ def write_json(path: str | Path, content: dict) -> Path:
     return path
 
 
+def run_folder(runs_dir: str, scale: str, chapter: str) -> Path:
+    """Where a chapter leaves what it made: `runs_dir/<scale>/<chapter>`, or `runs_dir/rehearsal/<chapter>`."""
+    folder = Path(runs_dir) / ("rehearsal" if rehearsing() else scale) / chapter
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def record_metrics(
     runs_dir: str, scale: str, chapter: str, values: dict[str, tuple[float, str]], *, dataset: str
 ) -> Path:
@@ -171,5 +186,5 @@ def record_metrics(
       values: case -> (value, unit), such as {"matrix factorization NDCG@10": (0.071, "")}.
     """
     rows = [{"case": case, "value": float(value), "unit": unit} for case, (value, unit) in values.items()]
-    path = Path(runs_dir) / scale / chapter / "metrics.json"
+    path = run_folder(runs_dir, scale, chapter) / "metrics.json"
     return write_json(path, result(chapter, rows, scale=scale, dataset=dataset))

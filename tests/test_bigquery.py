@@ -29,7 +29,9 @@ def small_tables() -> RatingTables:
         (2, 10, 2.0, 110), (2, 20, 1.0, 210), (2, 40, 5.0, 950),
         (3, 10, 4.0, 120), (3, 30, 4.0, 300), (4, 20, 3.0, 960), (3, 20, 2.0, 130),
     ]  # fmt: skip
-    items = pa.table([[10, 20, 30, 40], ["A", "B", "C, or D", "E"], [["x"], [], ["x", "y"], ["y"]]], schema=ITEMS_SCHEMA)
+    items = pa.table(
+        [[10, 20, 30, 40], ["A", "B", "C, or D", "E"], [["x"], [], ["x", "y"], ["y"]]], schema=ITEMS_SCHEMA
+    )
     return RatingTables("small", ratings(rows), items, "seconds")
 
 
@@ -158,7 +160,9 @@ def test_a_table_name_is_checked_before_it_meets_sql(loaded, name):
 
 def test_a_missing_column_is_named(loaded):
     loaded.query("CREATE OR REPLACE TABLE narrow AS SELECT user_id, item_id, timestamp FROM ratings")
-    with pytest.raises(ValueError, match="embedded.recsys.narrow has no column 'rating'; it has user_id, item_id, timestamp"):
+    with pytest.raises(
+        ValueError, match=r"embedded\.recsys\.narrow has no column 'rating'; it has user_id, item_id, timestamp"
+    ):
         loaded.load("embedded.recsys.narrow")
 
 
@@ -167,13 +171,15 @@ def test_nulls_and_nan_in_a_table_are_counted(loaded):
         "CREATE OR REPLACE TABLE bad AS SELECT NULLIF(user_id, 1) AS user_id, item_id, "
         "IF(item_id = 40, CAST('nan' AS FLOAT64), rating) AS rating, timestamp FROM ratings"
     )
-    with pytest.raises(ValueError, match="bad: 3 rows with null user_id, 1 rows with not finite_rating; expected none"):
+    with pytest.raises(
+        ValueError, match=r"bad: 3 rows with null user_id, 1 rows with not finite_rating; expected none"
+    ):
         loaded.load("embedded.recsys.bad")
 
 
 def test_an_empty_table_is_refused(loaded):
     loaded.query("CREATE OR REPLACE TABLE nothing AS SELECT * FROM ratings WHERE FALSE")
-    with pytest.raises(ValueError, match="embedded.recsys.nothing has 0 ratings; there is nothing to train on"):
+    with pytest.raises(ValueError, match=r"embedded\.recsys\.nothing has 0 ratings; there is nothing to train on"):
         loaded.load("embedded.recsys.nothing")
     empty = RatingTables("empty", RATINGS_SCHEMA.empty_table(), small_tables().items, "seconds")
     with pytest.raises(ValueError, match="'ratings' has 0 rows"):

@@ -13,7 +13,9 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
     import os
 
     clean = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
-    return subprocess.run([sys.executable, "-c", code], env=clean | QUIET | env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | QUIET | env, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(

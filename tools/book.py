@@ -108,6 +108,8 @@ def job_for(path: Path, arguments: argparse.Namespace) -> Job:
             given["DATASET"] = arguments.dataset or scale.DEFAULT_DATASET.get(arguments.scale, "")
         if arguments.data_dir:
             given["DATA_DIR"] = absolute(arguments.data_dir)
+        if arguments.command == "rehearse":
+            given |= {name: value for name, value in scale.REHEARSAL.items() if name in defaults}
         given |= parse_extra(path, defaults, arguments.extra)
     check_scale(arguments.command, defaults | given, path.stem.split("_")[0])
     return Job(path, arguments.command, arguments.scale, given)

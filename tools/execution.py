@@ -212,8 +212,16 @@ def environment(job: Job):
     """What kernels inherit: no noise on stderr, progress where it takes long, no IPython start-up files."""
     before = dict(os.environ)
     ipython = ROOT / "build" / "ipython"
-    ipython.mkdir(parents=True, exist_ok=True)
+    profile = ipython / "profile_default"
+    (profile / "startup").mkdir(parents=True, exist_ok=True)
+    # TensorFlow's C++ side writes a few lines while it is imported, whatever TF_CPP_MIN_LOG_LEVEL says: they go to
+    # the log, not into the notebook. What Python writes to stderr still arrives there.
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.capture_fd_output = False\n")
+    log = f"os.open({str(job.log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)"
+    (profile / "startup" / "stderr.py").write_text(f"import os\n\nos.dup2({log}, 2)\n")
     os.environ.update(QUIET, IPYTHONDIR=str(ipython))
+    if job.scale == "small":  # what is compared must not depend on the processor's best instructions
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
     os.environ["RECSYS_PROGRESS"] = "0" if job.scale == "small" else "1"
     if job.command == "rehearse":
         os.environ["RECSYS_REHEARSE"] = "1"

@@ -11,7 +11,8 @@ from Netflix or from the simulator:
 `timestamp` holds seconds since 1970 where the source has a clock, the position within the user's history where
 it has only an order, and 0 where it has neither; `RatingTables.time` says which.
 
-Needs: movielens.py netflix.py simulated.py (the folder `datasets/` is copied whole).
+Needs: movielens.py netflix.py checks.py download.py simulated.py simulated_items.py (the folder `datasets/` is
+copied whole).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def load(
       ValueError: an unknown name, or a file with a bad line (file, line, found, expected).
       FileNotFoundError: files that are missing and cannot be downloaded.
     """
-    from recsys_common.datasets import movielens, netflix, simulated
+    from . import movielens, netflix, simulated
 
     if name.count(".") == 2:
         return name

@@ -44,7 +44,7 @@ from .simulated_items import GROUP_SHARE, Catalogue, G, generator
 # Set so that 100,000 rows look like ml-100k to popularity and to matrix factorization. What each one moves
 # (the popularity of items, too: simulated_items.py):
 NOISE, ORDER, TASTE = 0.10, 0.10, 0.80  # more ORDER: sequence models gain; more TASTE: matrix factorization gains
-PEAK = 1.2  # Dirichlet mass of a taste; less is a sharper taste and a larger gain of matrix factorization
+PEAK = 1.1  # Dirichlet mass of a taste; less is a sharper taste and a larger gain of matrix factorization
 KEPT_TASTE = 0.6  # share of the first taste that is left at the end; less: old rows mislead
 FOLLOWERS = (0.6, 0.25, 0.15)  # how ORDER divides over the next three items of the ring
 MEAN_ROWS, MIN_ROWS, ROWS_SCALE, ROWS_SHAPE = 106, 20, 74.0, 1.3  # rows a user: MIN_ROWS + Weibull
@@ -263,6 +263,28 @@ class Truth:
             p = rest + ORDER * sum(share * p[:, leader[:, k]] for k, share in enumerate(FOLLOWERS))
             counts += p
         return (counts + (steps - settled) * p).astype(np.float32)
+
+    def ranker(self, last_seen, item_ids: np.ndarray, window: tuple[int, int]):
+        """The best reachable ranking of a window of time, in the form that `evaluation.evaluate` asks for.
+
+        Args:
+          last_seen: a table with user_index, user_id and last_item_id, the user's last item before the window.
+          item_ids: int [num_items], the id of each item_index; place 0 is for unknown items.
+          window: first and last second.
+
+        Returns:
+          A function from int [U] user indices to `expected_counts` as float32 [U, num_items].
+        """
+        place = np.full(int(max(last_seen["user_index"])) + 1, -1)
+        place[last_seen["user_index"]] = np.arange(len(last_seen))
+        user_ids, last = np.asarray(last_seen["user_id"]), np.asarray(last_seen["last_item_id"])
+
+        def scores(user_index: np.ndarray) -> np.ndarray:
+            of = place[user_index]
+            counts = self.expected_counts(user_ids[of], last[of], *window)
+            return np.hstack([np.full((len(of), 1), -np.inf, np.float32), counts[:, item_ids[1:] - 1]])
+
+        return scores
 
     def _all_but_order(self, user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
         """The noise and the taste in P: float64 [n, items], rows sum to 1 - ORDER."""

@@ -90,8 +90,8 @@ def build(items: int, seed: int) -> Catalogue:
     age, shared, own, quality = rng.random(items), *rng.standard_normal((3, items))
     popular = shared[story] + own  # the parts of one story are popular together
     newness = np.minimum(age[story], 1.05 - 0.05 * np.bincount(story)[story]) + 0.05 * part  # sequels come later
-    side = (home + rng.integers(1, G, items)) % G
-    side_weight = SIDE * rng.random(items)
+    side = (home + rng.integers(1, G, items)[story]) % G
+    side_weight = SIDE * rng.random(items)[story]
 
     member = np.zeros((1 + G, items))
     member[0] = 1
@@ -131,13 +131,14 @@ def titles_and_genres(catalogue: Catalogue, seed: int) -> pa.Table:
     rng, items = generator(seed, 1), len(catalogue.home)
     label = np.where(rng.random(items) < MISLABELLED, rng.integers(0, G, items), catalogue.home)
     second = np.where(catalogue.side_weight > SIDE / 2, catalogue.side, label)
-    listed = [[GENRES[g] for g in dict.fromkeys(pair)] for pair in zip(label, second, strict=True)]
-    dice, titles, used, story = rng.random((items, 5)).tolist(), [""] * items, set(), ""
+    dice, titles, listed, used = rng.random((items, 5)).tolist(), [""] * items, [[]] * items, set()
     for item in catalogue.ring:
-        if catalogue.part[item] == 0:
+        part = catalogue.part[item]
+        if part == 0:  # the parts that come next share its name and its genres
             story = _name_story(GENRES[label[item]], dice[item], used)
-        year = 1950 + int(69 * catalogue.newness[item] ** 0.7)
-        titles[item] = f"{story}{NUMERALS[catalogue.part[item]]} ({year})"
+            genres = [GENRES[g] for g in dict.fromkeys((label[item], second[item]))]
+        titles[item] = f"{story}{NUMERALS[part]} ({1950 + int(69 * catalogue.newness[item] ** 0.7)})"
+        listed[item] = genres
     return pa.table([np.arange(1, items + 1), titles, listed], schema=ITEMS_SCHEMA)
 
 
