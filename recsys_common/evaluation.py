@@ -39,7 +39,7 @@ def evaluate(
     shown to at least one user.
 
     Args:
-      scores: int [U] user indices -> float [U, num_items]; higher is better.
+      scores: int [U] user indices -> float [U, num_items]; higher is better, -inf is never shown.
       test_users, test_items: int [N], the pairs asked for. Item 0 stands for "not in the vocabulary": it can never be
         shown, and counts against the model.
       seen_users, seen_items: int [M], pairs before the test; these items are not shown again.
@@ -47,7 +47,7 @@ def evaluate(
       k: length of the list.
 
     Raises:
-      ValueError: no test pair, an index out of range, or a score that is not a number.
+      ValueError: no test pair, an index out of range, scores of another shape, or a score that is not a number.
     """
     ranks, users, shown = rank(scores, test_users, test_items, seen_users, seen_items, num_items, k)
     _, user_row, targets = np.unique(users, return_inverse=True, return_counts=True)
@@ -61,7 +61,7 @@ def evaluate(
         f"recall@{k}": float(np.mean(hits / targets)),
         f"NDCG@{k}": float(np.mean(np.bincount(user_row, gain) / perfect[np.minimum(targets, k) - 1])),
         "MRR": float(np.mean(1 / first)),
-        f"coverage@{k}": len(np.unique(shown)) / max(num_items - 1, 1),
+        f"coverage@{k}": float(len(np.unique(shown[shown > 0])) / (num_items - 1)),
         "users": len(targets),
     }
 
@@ -78,6 +78,8 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
     """
     test_users, test_items = np.asarray(test_users, np.int64), np.asarray(test_items, np.int64)
     seen_users, seen_items = np.asarray(seen_users, np.int64), np.asarray(seen_items, np.int64)
+    if k < 1 or num_items < 2:
+        raise ValueError(f"k={k}, num_items={num_items}; expected at least 1 shown, of at least 2 items (item 0 is none)")
     for name, items in (("test_items", test_items), ("seen_items", seen_items)):
         if len(items) and (items.min() < 0 or items.max() >= num_items):
             raise ValueError(f"{name} has {items.min()}..{items.max()}, expected 0..{num_items - 1}")
@@ -87,6 +89,8 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
     known = np.unique(np.stack([test_users, test_items], 1)[test_items > 0], axis=0)
     known = known[~np.isin(known @ [num_items, 1], np.stack([seen_users, seen_items], 1) @ [num_items, 1])]
     missing = test_users[test_items == 0]
+    if len(known) + len(missing) == 0:
+        raise ValueError("every test pair is also a seen pair; there is nothing to rank. Check the split.")
 
     order = np.random.default_rng(0).permutation(np.arange(1, num_items))  # tie-breaking; item 0 is never shown
     column_of = np.empty(num_items, np.int64)
@@ -98,7 +102,10 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
     shown, ranks = np.zeros((len(users), k), np.int64), np.empty(len(known))
     for begin in range(0, len(users), BLOCK):
         block = users[begin : begin + BLOCK]
-        score = np.asarray(scores(block), np.float32)[:, order]
+        score = np.asarray(scores(block), np.float32)
+        if score.shape != (len(block), num_items):
+            raise ValueError(f"scores gave shape {score.shape} for {len(block)} users and {num_items} items")
+        score = score[:, order]
         if np.isnan(score).any():
             row, column = np.argwhere(np.isnan(score))[0]
             raise ValueError(f"the score of user {block[row]} for item {order[column]} is NaN; the training diverged")
@@ -113,7 +120,8 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
         for piece in np.array_split(np.arange(high - low), max(1, (high - low) // BLOCK)):
             others, own = score[row[piece]], score[row[piece], column[piece]][:, None]
             earlier = np.arange(num_items - 1) < column[piece][:, None]
-            ranks[low + piece] = 1 + ((others > own) | ((others == own) & earlier)).sum(1)
+            place = 1 + ((others > own) | ((others == own) & earlier)).sum(1)
+            ranks[low + piece] = np.where(np.isneginf(own[:, 0]), np.inf, place)
     ranks = np.concatenate([ranks, np.full(len(missing), np.inf)])
     return ranks, np.concatenate([known[:, 0], missing]), shown
 

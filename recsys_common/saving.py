@@ -12,6 +12,7 @@ Needs: nothing else.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def export(
     An id that is not in the vocabulary takes row 0.
 
     Args:
-      folder: replaced if it exists.
+      folder: replaced if it exists, by the whole new model or not at all.
       user_ids: int64 [U], the id of user row r in place r - 1: row 0 is for unknown ids.
       user_vectors: float32 [U + 1, d].
       item_ids: int64 [I], likewise.
@@ -45,6 +46,7 @@ def export(
     Raises:
       ValueError: the number of ids and vectors do not fit, or an id occurs twice.
     """
+    about = json.dumps(metadata, indent=1)
     module = tf.Module()
     for side, ids, vectors in (("user", user_ids, user_vectors), ("item", item_ids, item_vectors)):
         ids = np.asarray(ids, np.int64)
@@ -83,13 +85,19 @@ def export(
         return {"item_id": tf.gather(module.item_ids, best.indices), "score": best.values}
 
     module.score, module.recommend = score, recommend
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
     logger = tf.get_logger()
     level = logger.level
     logger.setLevel("WARNING")  # "Assets written to" is no news
     try:
-        tf.saved_model.save(module, str(folder), signatures={"score": score, "recommend": recommend})
+        tf.saved_model.save(module, str(beside), signatures={"score": score, "recommend": recommend})
     finally:
         logger.setLevel(level)
-    extra = Path(folder) / "assets.extra"
+    extra = beside / "assets.extra"
     extra.mkdir(exist_ok=True)
-    (extra / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    (extra / "metadata.json").write_text(about + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -135,7 +136,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The git revision of the code, with "+" when files differ from it; "" outside a checkout."""
+    """The git revision of the code, with "+" when files differ from it; "" outside a checkout or without git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

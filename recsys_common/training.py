@@ -27,12 +27,15 @@ class _Progress(tf.keras.callbacks.Callback):
             total=steps * batch_size, unit="row", unit_scale=True, file=sys.stderr, desc="training",
             mininterval=0.5, disable=not progress(),
         )  # fmt: skip
-        self.batch_size, self.batches = batch_size, 0
+        self.batch_size = batch_size
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.last = -1
 
     def on_train_batch_end(self, batch, logs=None):
-        self.batches += 1
         # tf-keras calls once for each execution, with the last of its steps.
-        self.bar.update(self.batch_size)
+        self.bar.update((batch - self.last) * self.batch_size)
+        self.last = batch
 
     def on_epoch_end(self, epoch, logs=None):
         self.bar.set_postfix_str(f"epoch {epoch + 1}, loss {logs['loss']:.4g}")
@@ -42,7 +45,7 @@ class _Progress(tf.keras.callbacks.Callback):
 
 
 def fit(
-    model: tf.keras.Model, dataset: tf.data.Dataset, *, epochs: int, steps_per_epoch: int, batch_size: int
+    model: tf.keras.Model, dataset: tf.data.Dataset, epochs: int, steps_per_epoch: int, batch_size: int
 ) -> list[float]:
     """Train, with a progress bar that names rows/s and the time left.
 

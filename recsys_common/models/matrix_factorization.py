@@ -67,14 +67,15 @@ class MatrixFactorization(tfrs.Model):
     def compute_loss(self, inputs: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Equation (2), summed over the batch."""
         items = inputs["item_index"]
-        probability = None
+        vectors = self.items(items)
         if self.sampling_probability is not None:
-            probability = tf.gather(self.sampling_probability, items)
+            # Taken off the bias, since the task's own correction knows no probability below 1e-6.
+            log_q = tf.math.log(tf.gather(self.sampling_probability, items))
+            vectors = tf.concat([vectors[:, :-1], vectors[:, -1:] - log_q[:, None]], 1)
         return self.task(
             self.users(inputs["user_index"]),
-            self.items(items),
+            vectors,
             candidate_ids=items,
-            candidate_sampling_probability=probability,
             compute_metrics=False,  # ranking against all items happens after training, exactly
         )
 

@@ -1,7 +1,7 @@
 -- What did this person like before the test? Best rated first, the latest of those first.
 -- parameters user_index: INT64, rows: INT64
 -- reads split_ratings, user_vocabulary, items
-SELECT items.title, split_ratings.rating
+SELECT items.title, ARRAY_TO_STRING(items.genres, ', ') AS genres
 FROM split_ratings
 JOIN user_vocabulary USING (user_id)
 JOIN items USING (item_id)
