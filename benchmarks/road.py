@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -147,6 +148,39 @@ def clone_rows() -> list[dict]:
     ]
 
 
+def values(content: dict) -> dict[str, float]:
+    """case -> value of a result file."""
+    return {row["case"]: row["value"] for row in content["rows"]}
+
+
+def readme(content: dict, text: str) -> str:
+    """README.md with the figures of this result file in their places."""
+    of = values(content)
+    models = ("popularity", "matrix factorization", "best reachable")
+    lines = [
+        "What chapter 1 reaches: NDCG@10, every item ranked, seen items left out "
+        f"([benchmarks/road.json](benchmarks/road.json), {content['machine']['cores']} cores).",
+        "",
+        "| ratings | asked for | popularity | matrix factorization | best reachable | seconds in all | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for dataset, _, extra in ROADS:
+        name = f"{dataset}{' ' + extra if extra else ''}"
+        scores = [of.get(f"{name}: {model} NDCG@10") for model in models]
+        asked = "the last item" if "one" in extra or dataset == "ml-1m" else "what came after the cut in time"
+        lines.append(
+            f"| {dataset} | {asked}, {of[f'{name}: matrix factorization users']:,.0f} people | "
+            + " | ".join("not known" if score is None else f"{score:.3f}" for score in scores)
+            + f" | {of[f'{name}: chapter 1']:.0f} | {of[f'{name}: peak memory'] / 1000:.1f} GB |"
+        )
+    block = "\n".join(lines)
+    text = re.sub(
+        r"(<!-- from benchmarks/road.json.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S
+    )
+    seconds = f"{of['simulated: chapter 1']:.0f}"
+    return re.sub(r"(\| \[1 what this book is about\].*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {seconds} |", text)
+
+
 def main() -> None:
     """Measure everything and write the result file."""
     parser = argparse.ArgumentParser(description="Measure the road; writes benchmarks/road.json.")
@@ -156,6 +190,8 @@ def main() -> None:
     rows = start_rows() + chapter_rows(data_dir) + resemblance_rows(data_dir) + clone_rows()
     content = scale.result("road", rows, scale="small and medium", dataset="simulated, ml-latest-small, ml-1m, ml-100k")
     print(scale.write_json(ROOT / "benchmarks" / "road.json", content | {"commit": started_from}))
+    page = ROOT / "README.md"
+    page.write_text(readme(content, page.read_text()))
 
 
 if __name__ == "__main__":

@@ -209,13 +209,10 @@ print(
 # road; this is the place to find out that they do not.
 
 # %%
-in_train = warehouse.query("SELECT COUNTIF(split = 'train') AS n FROM split_ratings")["n"][
-    0
-].as_py()
-assert warehouse.count("split_ratings") == loaded and train.rows == in_train
-pd.DataFrame(
-    [{"file": file.name, "rows": file.rows, "bytes": file.bytes} for file in train.files[:3]]
-)
+in_train = warehouse.query("SELECT COUNTIF(split = 'train') AS n FROM split_ratings")
+assert [train.rows] == in_train["n"].to_pylist()
+assert loaded == warehouse.count("split_ratings")
+pd.DataFrame(train.files)[["name", "rows", "bytes"]].head(3)
 
 # %% [markdown]
 # ## Tensors

@@ -7,7 +7,7 @@ Bytes are computed from the columns that each step reads and the number of rows;
 with `--table`, one free request for the table's metadata. Prices change and differ by region: none is built in. Read
 today's at cloud.google.com/bigquery/pricing and cloud.google.com/storage/pricing, pass them, and money is printed too.
 
-Needs: nothing else.
+Needs: scale.py
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+
+from recsys_common import scale
 
 TIB, GIB = 2**40, 2**30
 # BigQuery counts 8 bytes for INT64, FLOAT64 and TIMESTAMP, and 2 + length for STRING: 7 for 'train'.
@@ -99,6 +101,9 @@ def main() -> int:
         return 2
     rows = arguments.rows
     if arguments.table:
+        if not scale.credentials():
+            print("no Google credentials to ask for the table's size: log in, or give --rows", file=sys.stderr)
+            return 2
         from google.cloud import bigquery
 
         rows = bigquery.Client(arguments.project or None).get_table(arguments.table).num_rows

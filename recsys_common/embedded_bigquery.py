@@ -57,7 +57,9 @@ class EmbeddedBigQuery:
             )
 
     def wait(self) -> EmbeddedBigQuery:
-        """Block until the server answers, so that a caller can import its client meanwhile."""
+        """Block until the server answers; apart from the constructor, so that a caller can import its client first."""
+        if hasattr(self, "rest"):
+            return self
         answer: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: answer.put(self._process.stdout.readline()), daemon=True).start()
         try:

@@ -79,7 +79,7 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
     test_users, test_items = np.asarray(test_users, np.int64), np.asarray(test_items, np.int64)
     seen_users, seen_items = np.asarray(seen_users, np.int64), np.asarray(seen_items, np.int64)
     if k < 1 or num_items < 2:
-        raise ValueError(f"k={k}, num_items={num_items}; expected at least 1 shown, of at least 2 items (item 0 is none)")
+        raise ValueError(f"k={k}, num_items={num_items}; expected k of at least 1 and 2 or more items (item 0 is none)")
     for name, items in (("test_items", test_items), ("seen_items", seen_items)):
         if len(items) and (items.min() < 0 or items.max() >= num_items):
             raise ValueError(f"{name} has {items.min()}..{items.max()}, expected 0..{num_items - 1}")

@@ -310,7 +310,8 @@ def _write_file(folder, number, arrays, order, rows_per_record, compression) -> 
                     else:
                         raw = array[rows].tobytes()
                     example.features.feature[name].bytes_list.value.append(raw)
-                writer.write(example.SerializeToString())
+                # Deterministic: the order of a protobuf map is otherwise another in each process.
+                writer.write(example.SerializeToString(deterministic=True))
         written = tf.io.gfile.stat(path).length
         digest = _sha256(path)
         final = f"part-{number:05d}-{digest[:8]}.tfrecord"

@@ -86,9 +86,7 @@ def slowly(score, test, seen, num_items, k, tie_order):
         )
         for user, _ in test
     }
-    ranks = [
-        ranking[user].index(item) + 1 if item in ranking[user] else math.inf for user, item in asked
-    ]  # fmt: skip
+    ranks = [ranking[user].index(item) + 1 if item in ranking[user] else math.inf for user, item in asked]
     sums = {"HR": 0.0, "recall": 0.0, "NDCG": 0.0, "MRR": 0.0}
     users = sorted({user for user, _ in asked})
     for user in users:

@@ -1,8 +1,8 @@
 """What is wrong with these files of ratings, and in which line?
 
     layout = checks.Layout({"userId": checks.ID, "movieId": checks.ID, "rating": checks.STARS}, header=True)
-    table, source = layout.read(path)
-    source.place(7)                     # "ratings.csv, line 9": where row 7 of the table stands
+    table, place = layout.read(path)
+    place(7)                            # "ratings.csv, line 9": where row 7 of the table stands
 
 Arrow reads and checks a file in bulk. In a bad file the first bad line is found by halving: the same parser is
 asked about half of the lines, then about half of those. Blank lines are skipped.
@@ -27,6 +27,9 @@ from . import ITEMS_SCHEMA, RATINGS_SCHEMA, RatingTables
 
 LARGEST_ID = 2**63 - 1
 MEND = "Mend or remove the line, or download the file again."
+CUT = "It looks half-downloaded: download it again. (If the line is whole, end it with a line break.)"
+
+Place = Callable[[int], str]  # the number of a row, from 0 -> "file, line n"
 
 
 class Kind(NamedTuple):
@@ -52,72 +55,53 @@ TEXT = Kind(pa.string(), "a text that is not empty", lambda column: pc.not_equal
 ANY_TEXT = Kind(pa.string(), "a text", pc.is_valid)
 
 
-@dataclass(frozen=True)
-class Source:
-    """The files that a table was read from, row after row."""
-
-    paths: list[Path]
-    header_lines: int = 0
-    is_row: Callable[[bytes], object] = bytes.strip  # of a line
-
-    def place(self, row: int) -> str:
-        """The file and the line, from 1, of a row, from 0. Reads the files again."""
-        row += self.header_lines
-        for path in self.paths:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if self.is_row(line):
-                        if row == 0:
-                            return f"{path}, line {number}"
-                        row -= 1
-        raise IndexError(f"{self.paths[-1]} ends {row + 1:,} rows too early")
+def line_of_row(row: int, paths: list[Path], is_row: Callable[[bytes], object] = bytes.strip) -> str:
+    """The file and the line, from 1, of a row, from 0, of files read one after the other."""
+    for path in paths:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                row -= bool(is_row(line))
+                if row < 0:
+                    return f"{path}, line {number}"
+    raise IndexError(f"{paths[-1]} ends {row + 1:,} rows too early")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the lines of a file hold their fields.
+    """How the lines of a file hold their fields."""
 
-    Attributes:
-      columns: name and kind of every column, in the file's order.
-      separator: one character.
-      encoding: of the text columns.
-      header: whether the first line holds the names of the columns, with commas between them.
-      quotes: whether a field may stand in double quotes, and then hold the separator.
-      prepare: turns the lines into as many lines with that separator, where the file has another one.
-    """
-
-    columns: dict[str, Kind]
-    separator: str = ","
+    columns: dict[str, Kind]  # in the file's order
+    separator: str = ","  # one character
     encoding: str = "utf-8"
-    header: bool = False
-    quotes: bool = False
-    prepare: Callable[[bytes], bytes] | None = None
+    header: bool = False  # the first line holds the names of the columns
+    quotes: bool = False  # a field may stand in double quotes, and then hold the separator
+    prepare: Callable[[bytes], bytes] = bytes  # turns lines with another separator into as many with this one
 
-    def read(self, path: Path) -> tuple[pa.Table, Source]:
-        """Read and check a file: a table without nulls, of one row or more, and its source.
+    def read(self, path: Path) -> tuple[pa.Table, Place]:
+        """Read and check a file: a table without nulls, of one row or more, and where each row stands.
 
-        Raises ValueError if the file is empty or a line is malformed; the message names the first such line.
+        Raises ValueError if the file is empty, or a line is malformed or cut; the message names the first such line.
         """
         with path.open("rb") as file:
-            first = file.readline() if self.header else b""
+            header = file.readline().decode("utf-8-sig", "replace").rstrip() if self.header else ""
             data = file.read()
-        if not first + data[:1]:
-            raise ValueError(f"{path} is empty (0 bytes). Download the file again.")
-        header = first.decode("utf-8-sig", "replace").rstrip()
-        if self.header and header != ",".join(self.columns):
-            expected = ",".join(self.columns)
-            raise ValueError(f"{path}, line 1: the header is {_shorten(header)}, expected {expected!r}. {MEND}")
         if not data or data.isspace():
-            raise ValueError(f"{path} has no rows. Download the file again.")
+            raise ValueError(f"{path} has no rows ({path.stat().st_size} bytes). Download the file again.")
+        if self.header and header != (expected := ",".join(self.columns)):
+            raise ValueError(f"{path}, line 1: the header is {shorten(header)}, expected {expected!r}. {MEND}")
         try:
-            return self.parse(data), Source([path], header_lines=self.header)
+            table = self.parse(data)
         except ValueError as error:
             raise self.bad_line(path, data, 1 + self.header) from error
+        if not data.endswith(b"\n"):
+            last = data[data.rfind(b"\n") + 1 :]
+            raise ValueError(f"{path} ends in {shorten(last)}, without a line break. {CUT}")
+        return table, lambda row: line_of_row(row + self.header, [path])
 
     def parse(self, data: bytes) -> pa.Table:
         """Parse and check whole lines. Raises ValueError, without the number of the line."""
         table = arrow_csv.read_csv(
-            pa.BufferReader(self.prepare(data) if self.prepare else data),
+            pa.BufferReader(self.prepare(data)),
             arrow_csv.ReadOptions(column_names=list(self.columns), encoding=self.encoding),
             arrow_csv.ParseOptions(delimiter=self.separator, quote_char='"' if self.quotes else False),
             arrow_csv.ConvertOptions(
@@ -143,8 +127,8 @@ class Layout:
             else:
                 bad = middle
         line = data[borders[good] : borders[bad]]
-        cut = "" if line.endswith(b"\n") else " The file ends in this line: it looks half-downloaded."
-        return ValueError(f"{path}, line {first_line + good}: {self._fault(line)}.{cut} {MEND}")
+        advice = MEND if line.endswith(b"\n") else f"The file ends in this line. {CUT}"
+        return ValueError(f"{path}, line {first_line + good}: {self._fault(line)}. {advice}")
 
     def _is_good(self, data: bytes) -> bool:
         try:
@@ -158,110 +142,88 @@ class Layout:
         try:
             text = line.decode(self.encoding).rstrip("\r\n")
         except UnicodeDecodeError:
-            return f"{_shorten(line)} is not {self.encoding}"
+            return f"{shorten(line)} is not {self.encoding}"
         any_text = replace(self, columns=dict.fromkeys(self.columns, ANY_TEXT))
         if any_text._is_good(line):
             for name, kind in self.columns.items():
                 if not replace(self, columns=any_text.columns | {name: kind})._is_good(line):
-                    return f"{name} is {_shorten(any_text.parse(line)[name][0].as_py())}, expected {kind.expected}"
-        return f"{_shorten(text)} was found, expected {len(self.columns)} fields: {', '.join(self.columns)}"
+                    return f"{name} is {shorten(any_text.parse(line)[name][0].as_py())}, expected {kind.expected}"
+        return f"{shorten(text)} was found, expected {len(self.columns)} fields: {', '.join(self.columns)}"
 
 
-def _shorten(text: str | bytes) -> str:
+def shorten(text: str | bytes) -> str:
     """The text in quotes, cut to a length that fits in a message."""
     quoted = repr(text[:100])
     return quoted if len(quoted) <= 70 else f"{quoted[:66]}...{quoted[-1]}"
 
 
 def rating_tables(
-    name: str, time: str, ratings: list, ratings_source: Source, items: list, items_source: Source, duplicates: str
+    name: str, time: str, ratings: list, place: Place, items: list, item_place: Place, duplicates: str
 ) -> RatingTables:
-    """Put columns together, after the checks that need more than one of them.
+    """Put the columns of `RATINGS_SCHEMA` and `ITEMS_SCHEMA` together, after the checks that need several of them.
 
-    Args:
-      name, time: as in `RatingTables`.
-      ratings, items: the columns of `RATINGS_SCHEMA` and `ITEMS_SCHEMA`.
-      ratings_source, items_source: where their rows stand.
-      duplicates: "error", or "last" to keep, of a user's ratings of an item, the one with the latest timestamp
-        (of equals the later row). A warning says how many were dropped.
-
-    Raises:
-      ValueError: an item is there twice, a rated item is not there, or a user rated an item twice.
+    Raises ValueError if an item is there twice, a rated item is not there, or a user rated an item twice; the
+    message names the lines. With duplicates="last" the later of such ratings stays, and a warning counts the others.
     """
     ratings = pa.Table.from_arrays(ratings, schema=RATINGS_SCHEMA)
     items = pa.Table.from_arrays(items, schema=ITEMS_SCHEMA)
-    check_unique(items["item_id"], items_source)
+    check_unique(items["item_id"].to_numpy(), item_place)
     known = pc.is_in(ratings["item_id"], value_set=items["item_id"].combine_chunks()).to_numpy()
     if not known.all():
         row = int(known.argmin())
         missing = pc.count_distinct(ratings["item_id"].filter(pa.array(~known))).as_py()
         raise ValueError(
-            f"{ratings_source.place(row)}: item {ratings['item_id'][row]} is rated but is not in "
-            f"{items_source.paths[0]} ({missing:,} such items in all). Take both files from the same download."
+            f"{place(row)}: item {ratings['item_id'][row]} is rated but has no title ({missing:,} such items in all). "
+            "Take all files from the same download."
         )
-    return RatingTables(name, without_duplicates(ratings, duplicates, ratings_source.place), items, time)
+    return RatingTables(name, without_duplicates(ratings, duplicates, place), items, time)
 
 
-def check_unique(ids: pa.ChunkedArray, source: Source) -> None:
-    """Raise ValueError if an id is there twice; the message names both lines."""
-    ids = ids.to_numpy()
-    again = _repeats(ids)
-    if again.any():
-        first, second = _first_pair(ids, again)
-        raise ValueError(
-            f"{source.place(first)} and {source.place(second)}: item {ids[first]} is there twice. Remove one of the "
-            "lines, or download the file again."
-        )
+def check_unique(
+    keys: np.ndarray, place: Place, name: Callable | None = None, advice: str = "download the file again"
+) -> None:
+    """Raise ValueError if two rows have the same key; the message names the first that repeats one."""
+    in_order = np.sort(keys)  # much faster than the search below, which most files do not need
+    if (in_order[1:] == in_order[:-1]).any():
+        again = np.ones(len(keys), bool)
+        again[np.unique(keys, return_index=True)[1]] = False
+        second = int(again.argmax())
+        places = f"{place(int((keys == keys[second]).argmax()))} and {place(second)}"
+        what = name(second) if name else f"item {keys[second]} is there"
+        raise ValueError(f"{places}: {what} twice ({again.sum():,} such rows in all). Remove one, or {advice}.")
 
 
-def without_duplicates(ratings: pa.Table, duplicates: str, place: Callable[[int], str]) -> pa.Table:
-    """Refuse or drop second ratings of an item by the same user, as `rating_tables` says; the order stays."""
+def without_duplicates(ratings: pa.Table, duplicates: str, place: Place) -> pa.Table:
+    """Refuse ("error") second ratings of an item by the same user, or keep the "last" by time, then by row."""
     if duplicates not in ("error", "last"):
         raise ValueError(f"duplicates is {duplicates!r}, expected 'error' or 'last'.")
     user, item = (ratings[name].to_numpy() for name in ("user_id", "item_id"))
     if (int(user.max()) + 1) * (int(item.max()) + 1) > LARGEST_ID:
         user, item = (np.unique(ids, return_inverse=True)[1] for ids in (user, item))
     pair = user * (item.max() + 1) + item
-    in_order = np.sort(pair)
-    if (in_order[1:] > in_order[:-1]).all():
-        return ratings
-    again = _repeats(pair)
     if duplicates == "error":
-        first, second = _first_pair(pair, again)
-        raise ValueError(
-            f"{place(first)} and {place(second)}: user {ratings['user_id'][second]} rated item "
-            f"{ratings['item_id'][second]} twice ({again.sum():,} such rows in all). Remove one, or load with "
-            "duplicates='last' to keep the later."
-        )
-    warnings.warn(
-        f"dropped {again.sum():,} of {len(pair):,} ratings: the same user rated the same item again later.",
-        stacklevel=2,
-    )
-    order = np.lexsort([ratings["timestamp"].to_numpy(), pair])  # stable: equals stay in the order of the file
+
+        def name(row: int) -> str:
+            return f"user {ratings['user_id'][row]} rated item {ratings['item_id'][row]}"
+
+        check_unique(pair, place, name, "load with duplicates='last' to keep the later")
+        return ratings
+    order = np.lexsort([ratings["timestamp"].to_numpy(), pair])  # stable: equals stay in the order of the rows
     last = np.append(pair[order[1:]] != pair[order[:-1]], True)
+    if last.all():
+        return ratings
+    dropped = f"dropped {(~last).sum():,} of {len(pair):,} ratings"
+    warnings.warn(f"{dropped}: the same user rated the same item again later.", stacklevel=2)
     return ratings.take(np.sort(order[last]))
 
 
-def _repeats(keys: np.ndarray) -> np.ndarray:
-    """Which rows have the key of an earlier row."""
-    again = np.ones(len(keys), bool)
-    again[np.unique(keys, return_index=True)[1]] = False
-    return again
-
-
-def _first_pair(keys: np.ndarray, again: np.ndarray) -> tuple[int, int]:
-    """The first row that repeats a key, after the row whose key it repeats."""
-    second = int(again.argmax())
-    return int((keys == keys[second]).argmax()), second
-
-
 def compare_with_published(tables: RatingTables, folder: Path, ratings: int, items: int) -> None:
-    """Warn if a folder does not hold as many ratings and items as were published: a file may be cut."""
+    """Warn if a folder does not hold as many ratings and items as were published."""
     found = (tables.ratings.num_rows, tables.items.num_rows)
     if found != (ratings, items):
         warnings.warn(
             f"{folder} holds {found[0]:,} ratings and {found[1]:,} items, published were {ratings:,} and {items:,}. "
-            "They are read as they are. If you did not take some out yourself, a file was cut: download it again. "
-            "Scores on them do not compare with published ones.",
+            "If you did not take some out yourself, a file was cut: download it again. Scores on these ratings do not "
+            "compare with published ones.",
             stacklevel=3,
         )

@@ -1,11 +1,10 @@
-"""How does a published file get here whole, and is the one that lies here whole?
+"""How does a published zip get here whole?
 
-    ml_1m = download.Zip("https://files.grouplens.org/datasets/movielens/ml-1m.zip", 5917549, "a6898adb...")
-    folder = download.fetch_and_unpack(ml_1m, Path("data"), "ml-1m")
+    folder = download.fetch_and_unpack(url, size=5917549, sha256="a6898adb...", into=Path("data"), folder="ml-1m")
 
-The zip is downloaded and unpacked in a hidden temporary folder, and the result is renamed into place: what
-lies there under its name is whole. A zip that a reader put into the folder by hand is used instead of the
-network. Either way its size and SHA-256 must be the registered ones.
+The zip is downloaded and unpacked in a hidden temporary folder and the result is renamed into place: what lies
+there under its name is whole. A zip that a reader put into the folder by hand is used instead of the network.
+Either way its size and SHA-256 must be the registered ones.
 
 Needs: nothing else.
 """
@@ -16,139 +15,80 @@ import hashlib
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
-class Zip:
-    """A published zip: where it is, its size in bytes, its SHA-256 in hex."""
-
-    url: str
-    size: int
-    sha256: str
-
-
 def fetch_and_unpack(
-    published: Zip, into: Path, folder: str, terms: str = "", pauses: Sequence[float] = (1, 5, 20)
+    url: str,
+    size: int,
+    sha256: str,
+    into: Path,
+    folder: str,
+    terms: str = "",
+    pauses: Sequence[float] = (1, 5, 20),
 ) -> Path:
-    """Download a zip, check it, and unpack the folder in it to `into / folder`.
+    """Download a zip, check it, unpack the folder in it to `into / folder`, and return that path.
 
-    Args:
-      published: the zip.
-      into: an existing folder.
-      folder: the name of the top folder in the zip.
-      terms: printed to stderr before the download.
-      pauses: seconds before each further attempt after a fault that may pass (no connection, cut off, 5xx).
-
-    Returns:
-      `into / folder`.
+    `size` is in bytes and `sha256` in hex; `folder` is the top folder in the zip; `terms` are printed to stderr before
+    a download. A fault that may pass (no connection, cut off, 5xx) is tried again after each of `pauses`, in seconds.
 
     Raises:
       OSError: the server cannot be reached or says no, or the disk is full; the message says what to do.
       ValueError: the zip is not the registered one, or has no such folder.
     """
-    name = published.url.rsplit("/", 1)[-1]
+    by_hand = into / url.rsplit("/", 1)[-1]
     with tempfile.TemporaryDirectory(dir=into, prefix=f".{folder}-") as temporary:
-        zip_path = into / name
-        by_hand = zip_path.is_file()
-        if not by_hand:
-            if terms:
-                print(terms, file=sys.stderr)
-            zip_path = Path(temporary) / name
-            _download(published, zip_path, into, pauses)
-        _check(published, zip_path, "Delete it" if by_hand else "Nothing was kept")
+        path = by_hand if by_hand.is_file() else Path(temporary) / by_hand.name
         unpacked = Path(temporary) / "unpacked"
         try:
-            with zipfile.ZipFile(zip_path) as archive:  # checks the CRC of every file that it unpacks
+            if path != by_hand:
+                print(terms, end="\n" if terms else "", file=sys.stderr)
+                _download(url, path, pauses, f"Or fetch {url} in another way and put it into {into}.")
+            _check(path, url, size, sha256, "Delete it" if path == by_hand else "Nothing was kept")
+            with zipfile.ZipFile(path) as archive:  # checks the CRC of every file that it unpacks
                 archive.extractall(unpacked)
         except OSError as error:
-            raise OSError(error.errno, f"could not unpack {name}: {error.strerror}", str(into)) from error
+            if error.errno is None:  # the network, which `_download` speaks of
+                raise
+            what = f"could not write {path.name} ({size:,} bytes) and what is in it: {error.strerror}"
+            raise OSError(error.errno, what, str(into)) from error
         if not (unpacked / folder).is_dir():
             found = ", ".join(sorted(path.name for path in unpacked.iterdir())) or "nothing"
-            raise ValueError(f"{published.url} has no folder {folder!r} in it; it holds {found}.")
+            raise ValueError(f"{url} has no folder {folder!r} in it; it holds {found}.")
         if not (into / folder).exists():  # another process may have been faster
             (unpacked / folder).rename(into / folder)
     return into / folder
 
 
-def _download(published: Zip, path: Path, into: Path, pauses: Sequence[float]) -> None:
+def _download(url: str, path: Path, pauses: Sequence[float], otherwise: str) -> None:
     """Stream the zip to `path`, with a progress bar on stderr. What came is for `_check` to judge."""
     import pooch  # slow to import, and not needed by those who bring the files
     import requests
 
-    url = published.url
-    by_hand = f"Or fetch {url} in another way and put it into {into}: it is checked there before it is used."
     # Pooch's own retries would also repeat what does not get better: a 404, or a wrong hash after 250 MB.
     stream = pooch.HTTPDownloader(progressbar=True, chunk_size=2**20, timeout=30)
     for pause in (*pauses, None):
         try:
             return stream(url, str(path), None)
-        except requests.exceptions.SSLError as error:
-            fault = f"no secure connection ({error}); GroupLens has let its certificate lapse before"
-            raise OSError(f"could not download {url}: {fault}. {by_hand}") from error
         except requests.exceptions.RequestException as error:
-            status = error.response.status_code if error.response is not None else None
-            if pause is None or (status is not None and status < 500 and status != 429):
-                fault = f"the connection failed: {error}" if status is None else f"the server said {status}"
-                raise OSError(
-                    f"could not download {url}: {fault}. Nothing was kept. Check the network and try again. {by_hand}"
-                ) from error
-        except OSError as error:
-            what = f"could not write the {published.size:,} bytes of {url}: {error.strerror}"
-            raise OSError(error.errno, what, str(into)) from error
+            said = f"the server said {error.response.status_code}" if error.response is not None else str(error)
+            lasting = isinstance(error, requests.exceptions.SSLError)  # GroupLens has let its certificate lapse before
+            lasting |= error.response is not None and error.response.status_code < 500
+            if lasting or pause is None:
+                advice = f"Nothing was kept. Check the network and try again. {otherwise}"
+                raise OSError(f"could not download {url}: {said}. {advice}") from error
         time.sleep(pause)
 
 
-def _check(published: Zip, path: Path, first_step: str) -> None:
+def _check(path: Path, url: str, size: int, sha256: str, first_step: str) -> None:
     """Raise ValueError unless the file is byte for byte the registered one."""
-    source = f"{path.name} from {published.url}"
-    what_to_do = (
-        f"{first_step}; try again. If it stays so, the publisher has changed it: unzip it yourself where the "
-        "folder should be, and it is read with a warning."
-    )
-    size = path.stat().st_size
-    if size != published.size:
+    with path.open("rb") as file:
+        found = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    if found != (size, sha256):
         raise ValueError(
-            f"{source} is {size:,} bytes, expected {published.size:,}: half-downloaded, or another file (a "
-            f"network's login page?). {what_to_do}"
+            f"{path.name} from {url} is {found[0]:,} bytes with the SHA-256 {found[1]}, expected {size:,} bytes with "
+            f"{sha256}: half-downloaded, or another file (a network's login page?). {first_step}; try again. If it "
+            "stays so, the publisher has changed it: unzip it yourself where the folder should be."
         )
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != published.sha256:
-        raise ValueError(f"{source} has the SHA-256 {sha256}, expected {published.sha256}. {what_to_do}")
-
-
-def check_local(path: Path, versions: Sequence[tuple[int, str | None]]) -> None:
-    """Compare a file that lies here with the published ones.
-
-    A reader may have edited it on purpose, so a difference alone is a warning. A file of another size whose
-    last line has no end was cut, and is refused.
-
-    Args:
-      path: the file.
-      versions: (bytes, SHA-256 in hex, or None where it is not known) of each published form of the file.
-
-    Raises:
-      ValueError: the file looks half-downloaded.
-    """
-    size = path.stat().st_size
-    sizes = " or ".join(f"{known:,}" for known, _ in versions)
-    hashes = [sha256 for known, sha256 in versions if known == size]
-    with path.open("rb") as file:
-        if None in hashes or (hashes and hashlib.file_digest(file, "sha256").hexdigest() in hashes):
-            return
-        file.seek(max(size - 1, 0))
-        if not hashes and size and file.read(1) != b"\n":
-            raise ValueError(
-                f"{path} is {size:,} bytes, expected {sizes}, and its last line has no end: it looks "
-                "half-downloaded. Delete it and download it again (if you edited it: end the last line)."
-            )
-    warnings.warn(
-        f"{path} is not the published file ({size:,} bytes, published {sizes}). It is read as it is; if you "
-        "did not change it yourself, download it again. Scores on it do not compare with published ones.",
-        stacklevel=2,
-    )

@@ -4,26 +4,23 @@
     for table in simulated.stream(rows=100_000_000): ...             # the same model, 4,096 users at a time
     python -m recsys_common.datasets.simulated --rows 16000 --out data/sample     # writes the committed sample
 
-The model. Every item has a home among 18 taste groups and a weaker place in another; popularity is long-tailed.
-A user has a taste, which is a distribution over the groups. Tastes and popularity drift: at time t, from 0 at the
-start to 1 at the end of the four years,
+Every item has a home among 18 taste groups and a weaker place in another; popularity is long-tailed. A user has a
+taste, which is a distribution over the groups. Tastes and popularity drift: at time t, from 0 at the start to 1 at
+the end of the four years,
 
     taste_u(t) = (1 - t) taste_u(0) + t taste_u(1)        p(i | g, t) = (1 - t) p(i | g, 0) + t p(i | g, 1)
 
-and a user u who took item j last takes as the next item i, among those not taken yet, with a probability
-proportional to
+and a user u who took item j last takes the next item i, among those not taken yet, with odds proportional to
 
     P(i | u, j, t) = NOISE p(i | all, t) + ORDER follows(i | j) + TASTE sum_g taste_ug(t) p(i | g, t)
 
-`follows` leads to the next three items of the group's ring, in which a sequel stands after its first part. Users
-arrive over the years and come back in visits until the end, so a cut in time leaves most of them with rows on both
-sides. Stars (1 to 5) are the person's mood, the item's quality, liking and noise. Genres are the names of the
-groups, some of them wrong.
+`follows` leads to the next three items of the group's ring, where a sequel stands after its first part. Users arrive
+over the years and come back in visits until the end. Stars are mood, the item's quality, liking and noise.
 
 The same (rows, seed) gives the same rows on every machine. A chunk depends on (rows, seed, its number) alone, so
 several processes can draw different chunks. Users grow with the rows, items with their square root.
 
-Needs: __init__.py simulated_items.py (the folder `datasets/` is copied whole).
+Needs: __init__.py simulated_items.py
 """
 
 from __future__ import annotations
@@ -41,8 +38,7 @@ import pyarrow as pa
 from . import RATINGS_SCHEMA, RatingTables, simulated_items
 from .simulated_items import GROUP_SHARE, Catalogue, G, generator
 
-# Set so that 100,000 rows look like ml-100k to popularity and to matrix factorization. What each one moves
-# (the popularity of items, too: simulated_items.py):
+# Set so that 100,000 rows look like ml-100k to popularity and to matrix factorization. What each one moves:
 NOISE, ORDER, TASTE = 0.10, 0.10, 0.80  # more ORDER: sequence models gain; more TASTE: matrix factorization gains
 PEAK = 1.1  # Dirichlet mass of a taste; less is a sharper taste and a larger gain of matrix factorization
 KEPT_TASTE = 0.6  # share of the first taste that is left at the end; less: old rows mislead
@@ -52,8 +48,6 @@ ITEMS_AT_100K = 1700
 STARS, USER_STARS, LIKING, STAR_NOISE = 3.0, 0.4, 1.2, 0.9  # mean and spread of the stars
 START, SECONDS = 1_577_836_800, 1461 * 86_400  # 2020-01-01 and the four years after it
 CHUNK_USERS = 4096  # users drawn side by side: more is faster and takes more memory
-
-FOLLOWER_SUMS = np.cumsum(FOLLOWERS)[:-1]
 
 
 def _sizes(rows: int) -> tuple[int, int]:
@@ -107,7 +101,7 @@ def _propose(
     group = np.searchsorted(taste_sums, 2 * user + (u_taste < t) + u_group) % G
     row = np.where(which < TASTE, 1 + group, 0) + (1 + G) * (u_time < t)
     item = catalogue.sums_item[np.searchsorted(catalogue.sums, row + u_item)]
-    return np.where(which < 1 - ORDER, item, ~np.searchsorted(FOLLOWER_SUMS, u_item))
+    return np.where(which < 1 - ORDER, item, ~np.searchsorted(np.cumsum(FOLLOWERS)[:-1], u_item))
 
 
 def _walk(
@@ -150,6 +144,7 @@ def _walk(
 
 
 def _chunk(catalogue: Catalogue, rows: int, seed: int, number: int) -> pa.Table:
+    """The ratings of the users of a chunk."""
     tastes = _tastes(rows, seed, number)
     rng, all_users, first = generator(seed, 3, number), _sizes(rows)[0], number * CHUNK_USERS
     rows_here = (first + len(tastes)) * rows // all_users - first * rows // all_users
@@ -175,7 +170,7 @@ def stream(rows: int = 100_000, seed: int = 1, chunks: Iterable[int] | None = No
     """Yield tables of `RATINGS_SCHEMA`, the users of one chunk after the other, sorted by user and time.
 
     Args:
-      rows: ratings in all, exactly; 1,000 or more. Memory grows with the items only: 0.2 GB at 100 M rows.
+      rows: ratings in all, exactly; ValueError under 1,000. Memory grows with the items only: 0.2 GB at 100 M rows.
       seed: another seed is another world.
       chunks: the numbers of the chunks wanted; None for all, which is range(chunk_count(rows)).
     """
@@ -190,10 +185,7 @@ def item_table(rows: int = 100_000, seed: int = 1) -> pa.Table:
 
 
 def load(rows: int = 100_000, seed: int = 1) -> RatingTables:
-    """Return exactly `rows` simulated ratings, named "simulated", time in seconds, with their `Truth`.
-
-    Raises ValueError when rows is under 1,000.
-    """
+    """All of `stream` and `item_table`, named "simulated", time in seconds, with their `Truth`."""
     ratings = pa.concat_tables(stream(rows, seed)).combine_chunks()
     return RatingTables("simulated", ratings, item_table(rows, seed), "seconds", Truth(rows, seed))
 
@@ -202,8 +194,9 @@ def load(rows: int = 100_000, seed: int = 1) -> RatingTables:
 class Truth:
     """The probabilities that the rows of `load(rows, seed)` were drawn from.
 
-    In every result, column c stands for item_id c + 1 (`item_ids[c]`). Making a result takes about 20 bytes a cell:
-    ask for a block of users at a time where the catalogue is large. Unknown ids raise ValueError.
+    In the methods user_ids, last_item_ids (the item taken last, 0 for none yet) and times (seconds since 1970) are
+    int [n]; ids that do not exist raise ValueError. Results are float32 [n, items], where column c stands for
+    item_id c + 1, and take about 20 bytes a cell to make: ask for a block of users where the catalogue is large.
     """
 
     rows: int
@@ -222,35 +215,18 @@ class Truth:
         """P(next item = i | user, item taken last, time), before the items already taken are left out.
 
         With those left out, the order of the scores is the order of the true probabilities: where the next item
-        is asked for (leave-one-out), no model can expect a better HR@k, NDCG@k or MRR.
-
-        Args:
-          user_ids: int [n].
-          last_item_ids: int [n], 0 for a user who has taken nothing yet.
-          timestamps: int [n], seconds since 1970 at which the next item is taken.
-
-        Returns:
-          float32 [n, items], rows sum to 1.
+        is asked for (leave-one-out), no model can expect a better HR@k, NDCG@k or MRR. Rows sum to 1.
         """
         return self._add_order(self._all_but_order(user_ids, timestamps), last_item_ids).astype(np.float32)
 
     def expected_counts(
         self, user_ids: np.ndarray, last_item_ids: np.ndarray, start: np.ndarray, end: np.ndarray, steps: int = 10
     ) -> np.ndarray:
-        """How often each item is expected among a user's next `steps` items, taken between start and end.
+        """How often each item is expected among a user's next `steps` items, taken between two times.
 
-        For a cut in time: with the items already taken left out, the order of the counts is close to the best
-        that a model can do. It is not exactly the best, because an item may come twice here, and because the
-        steps are spread evenly over the window.
-
-        Args:
-          user_ids: int [n].
-          last_item_ids: int [n], the last item before the window, 0 for none.
-          start, end: int [n] or one for all, seconds since 1970.
-          steps: items taken in the window. The more, the less weighs the item taken last.
-
-        Returns:
-          float32 [n, items], rows sum to `steps`.
+        For a cut in time: with the items already taken left out, the order of the counts is close to the best that a
+        model can do; not exactly, because an item may come twice here and the steps are spread evenly. The more
+        steps, the less weighs the item taken last. Rows sum to `steps`.
         """
         start, end = (np.broadcast_to(x, len(user_ids)) for x in (start, end))
         # Simpson's rule, which is exact here: the probabilities are of second degree in time.
@@ -275,23 +251,19 @@ class Truth:
         Returns:
           A function from int [U] user indices to `expected_counts` as float32 [U, num_items].
         """
-        place = np.full(int(max(last_seen["user_index"])) + 1, -1)
-        place[last_seen["user_index"]] = np.arange(len(last_seen))
+        row = {index: row for row, index in enumerate(np.asarray(last_seen["user_index"]).tolist())}
         user_ids, last = np.asarray(last_seen["user_id"]), np.asarray(last_seen["last_item_id"])
 
         def scores(user_index: np.ndarray) -> np.ndarray:
-            of = place[user_index]
-            counts = self.expected_counts(user_ids[of], last[of], *window)
-            return np.hstack([np.full((len(of), 1), -np.inf, np.float32), counts[:, item_ids[1:] - 1]])
+            rows = [row[index] for index in np.asarray(user_index).tolist()]
+            counts = self.expected_counts(user_ids[rows], last[rows], *window)
+            return np.hstack([np.full((len(rows), 1), -np.inf, np.float32), counts[:, item_ids[1:] - 1]])
 
         return scores
 
-    def _all_but_order(self, user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    def _all_but_order(self, user_ids: np.ndarray, times: np.ndarray) -> np.ndarray:
         """The noise and the taste in P: float64 [n, items], rows sum to 1 - ORDER."""
-        user, t = np.asarray(user_ids) - 1, _elapsed(timestamps)[:, None]
-        users = _sizes(self.rows)[0]
-        if user.size and not 0 <= user.min() <= user.max() < users:
-            raise ValueError(f"user_ids run from {user.min() + 1} to {user.max() + 1}, expected 1 to {users}")
+        user, t = _known("user_ids", user_ids, 1, _sizes(self.rows)[0]) - 1, _elapsed(times)[:, None]
         tastes = np.empty((len(user), 2, G))
         for number in np.unique(user // CHUNK_USERS):
             here = user // CHUNK_USERS == number
@@ -301,9 +273,7 @@ class Truth:
         return np.hstack([mix * (1 - t), mix * t]) @ self._catalogue.p
 
     def _add_order(self, p: np.ndarray, last_item_ids: np.ndarray) -> np.ndarray:
-        last, items = np.asarray(last_item_ids), p.shape[1]
-        if last.size and not 0 <= last.min() <= last.max() <= items:
-            raise ValueError(f"last_item_ids run from {last.min()} to {last.max()}, expected 0 to {items}")
+        last = _known("last_item_ids", last_item_ids, 0, p.shape[1])
         p[last == 0] /= 1 - ORDER
         known = np.flatnonzero(last)
         for k, share in enumerate(FOLLOWERS):
@@ -311,21 +281,28 @@ class Truth:
         return p
 
 
+def _known(name: str, ids: np.ndarray, low: int, high: int) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.size and not low <= ids.min() <= ids.max() <= high:
+        raise ValueError(f"{name} run from {ids.min()} to {ids.max()}, expected {low} to {high}")
+    return ids
+
+
 def write_csv(folder: str | Path, rows: int, seed: int = 1) -> None:
     """Write ratings.csv and movies.csv into `folder`, in the format of MovieLens latest-small."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     movies = ([i["item_id"], i["title"], "|".join(i["genres"])] for i in item_table(rows, seed).to_pylist())
     ratings = (row for table in stream(rows, seed) for row in zip(*table.to_pydict().values(), strict=True))
-    for name, header, lines in (
-        ("movies.csv", "movieId,title,genres", movies),
-        ("ratings.csv", "userId,movieId,rating,timestamp", ratings),
-    ):
-        beside = folder / (name + ".partial")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            file.write(header + "\n")
-            csv.writer(file, lineterminator="\n").writerows(lines)
-        beside.replace(folder / name)
+    _write(Path(folder, "movies.csv"), "movieId,title,genres", movies)
+    _write(Path(folder, "ratings.csv"), "userId,movieId,rating,timestamp", ratings)
+
+
+def _write(path: Path, header: str, lines: Iterable) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        file.write(header + "\n")
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    beside.replace(path)
 
 
 if __name__ == "__main__":

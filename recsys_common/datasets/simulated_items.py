@@ -1,20 +1,15 @@
 """Which items exist in the simulated world, and who is likely to take them?
 
-    catalogue = build(items=1700, seed=1)
-    catalogue.p                                     # p(item | everything or taste group, start or end)
-    titles_and_genres(catalogue, seed=1)            # rows of ITEMS_SCHEMA
+    catalogue = build(items=1700, seed=1)           # the probabilities that simulated.py speaks of
+    titles_and_genres(catalogue, seed=1)            # invented, all different; rows of ITEMS_SCHEMA
 
-`simulated.py` says what the probabilities are for. Titles are invented, all different, and short while the short
-ones last.
-
-Needs: __init__.py (the folder `datasets/` is copied whole).
+Needs: __init__.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 
 import numpy as np
 import pyarrow as pa
@@ -142,17 +137,15 @@ def titles_and_genres(catalogue: Catalogue, seed: int) -> pa.Table:
     return pa.table([np.arange(1, items + 1), titles, listed], schema=ITEMS_SCHEMA)
 
 
-def _name_story(genre: str, dice: Sequence[float], used: set[str]) -> str:
-    """Return a name that is not in `used`, and add it there. Dice: 5 numbers in [0, 1)."""
-    lists = (*_WORDS[genre].split("|"), _PLACES, _NAMES)
-    words = [column.split() for column in lists]
+def _name_story(genre: str, dice: list[float], used: set[str]) -> str:
+    """Return a name that is not in `used`, as short as can be, and add it there. Dice: 5 numbers in [0, 1)."""
+    words = [column.split() for column in (*_WORDS[genre].split("|"), _PLACES, _NAMES)]
     adjective, noun, place, name = (w[int(die * len(w))] for w, die in zip(words, dice, strict=False))
     short = [f"The {adjective} {noun}", f"{adjective} {noun}", f"The {noun} of {place}", f"{name} and the {noun}"]
     turn = int(dice[4] * len(short))
     long = [f"{adjective} {noun} of {place}", f"{name} and the {adjective} {noun}"]
     longest = f"{name} and the {adjective} {noun} of {place}"
-    story = next((title for title in short[turn:] + short[:turn] + [*long, longest] if title not in used), "")
-    if not story:
-        story = next(title for n in count(2) if (title := f"{longest}, Book {n}") not in used)
+    books = (f"{longest}, Book {n}" for n in count(2))
+    story = next(title for title in chain(short[turn:], short[:turn], long, [longest], books) if title not in used)
     used.add(story)
     return story
