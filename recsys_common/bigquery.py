@@ -31,7 +31,7 @@ SQL_FOLDER = Path(__file__).parent / "sql"
 TABLE_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9-]*(:[A-Za-z0-9-]+)?\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
 # Storage Read sessions offer as many streams as the service thinks useful; more than this only adds round trips.
 STREAMS = 8
-# One query may scan this much before BigQuery refuses it: a wrong join fails instead of costing a month's budget.
+# BigQuery refuses a query that would scan more: a wrong join fails instead of costing a month's budget.
 REHEARSAL_ROWS = 20_000
 MAXIMUM_BYTES_BILLED = 10 * 1024**4
 
@@ -85,31 +85,24 @@ class Warehouse:
         self.embedded = server is not None
         self.project, self.dataset, self.storage = project, dataset, f"gs://{bucket}"
         self._server = server
-        defaults = bigquery.QueryJobConfig(default_dataset=f"{project}.{dataset}")
+        options = {"default_query_job_config": bigquery.QueryJobConfig(default_dataset=f"{project}.{dataset}")}
         if server is None:
-            defaults.maximum_bytes_billed = MAXIMUM_BYTES_BILLED
-            self.client = bigquery.Client(project, location=location, default_query_job_config=defaults)
+            options["default_query_job_config"].maximum_bytes_billed = MAXIMUM_BYTES_BILLED
+            self.client = bigquery.Client(project, location=location, **options)
             self._reader = bigquery_storage.BigQueryReadClient(credentials=self.client._credentials)
         else:
             import grpc
             from google.auth.credentials import AnonymousCredentials
-            from google.cloud.bigquery_storage_v1.services.big_query_read.transports import (
-                BigQueryReadGrpcTransport,
-            )
+            from google.cloud.bigquery_storage_v1.services.big_query_read import transports
 
             server.wait()
             atexit.register(self.close)
             (server.root / "gcs" / bucket).mkdir(parents=True, exist_ok=True)
-            self.client = bigquery.Client(
-                project,
-                credentials=AnonymousCredentials(),
-                client_options={"api_endpoint": server.rest},
-                default_query_job_config=defaults,
-            )
+            options["client_options"] = {"api_endpoint": server.rest}
+            self.client = bigquery.Client(project, credentials=AnonymousCredentials(), **options)
             self._channel = grpc.insecure_channel(server.grpc, options=[("grpc.max_receive_message_length", -1)])
-            self._reader = bigquery_storage.BigQueryReadClient(
-                transport=BigQueryReadGrpcTransport(channel=self._channel)
-            )
+            transport = transports.BigQueryReadGrpcTransport(channel=self._channel)
+            self._reader = bigquery_storage.BigQueryReadClient(transport=transport)
         self.client.create_dataset(dataset, exists_ok=True, retry=self._retry(), timeout=60)
 
     def __enter__(self) -> Warehouse:
@@ -204,7 +197,11 @@ class Warehouse:
         config.parquet_options.enable_list_inference = True
         job = self.client.load_table_from_file(file, target, job_config=config)
         job.result(retry=self._retry(), timeout=3600)
-        self.expect_rows(name, table.num_rows)
+        if (found := self.count(name)) != table.num_rows:
+            raise RuntimeError(
+                f"table {name!r} has {found:,} rows, expected {table.num_rows:,}: rows were lost or "
+                "doubled on the way. Load it again; if it stays so, report it with what `make doctor` prints."
+            )
 
     def check(self, source: str) -> None:
         """Scan `ratings` once for what would spoil training; `source` is the name to use in the message."""
@@ -251,15 +248,6 @@ class Warehouse:
     def count(self, table: str) -> int:
         """Rows of a table of this dataset."""
         return self.query(f"SELECT COUNT(*) AS n FROM {_plain(table)}")["n"][0].as_py()
-
-    def expect_rows(self, table: str, rows: int) -> None:
-        """Raise RuntimeError unless `table` has exactly `rows` rows."""
-        found = self.count(table)
-        if found != rows:
-            raise RuntimeError(
-                f"table {table!r} has {found:,} rows, expected {rows:,}: rows were lost or doubled on the way in. "
-                "Load it again; if it stays so, report it with `make doctor`'s output."
-            )
 
     def read(self, table: str, columns: list[str] | None = None, where: str = "") -> pa.Table:
         """Read a table through the Storage Read API: columns in Arrow, no SQL job, nothing parsed.

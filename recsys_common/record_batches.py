@@ -32,8 +32,7 @@ import tensorflow as tf
 
 VERSION = 1
 MANIFEST = "manifest.json"
-# 8,192 rows of four narrow columns are about 200 kB: large enough that the cost of a record does not matter, small
-# enough that a window of 16 is a good shuffle. The chapter on scaling data measures other sizes.
+# 8,192 rows of four narrow columns are about 200 kB: the cost of a record no longer matters, and 16 are a good shuffle.
 ROWS_PER_RECORD = 8192
 
 
@@ -58,7 +57,7 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an export consists of. `folder` is where it lies; everything else is in `manifest.json`."""
+    """What an export consists of; all but `folder`, where it lies, is in `manifest.json`."""
 
     folder: str
     columns: list[Column]
@@ -190,16 +189,8 @@ def verify(manifest: Manifest) -> None:
             raise ValueError(
                 f"{path}: sha256 {found[:12]}..., the manifest says {file.sha256[:12]}...: the file changed"
             )
-        rows = sum(
-            int(
-                tf.shape(
-                    batch[manifest.columns[0].name].to_tensor()
-                    if manifest.columns[0].ragged
-                    else batch[manifest.columns[0].name]
-                )[0]
-            )
-            for batch in tf.data.TFRecordDataset(path, manifest.compression).map(decoder(manifest))
-        )
+        batches = tf.data.TFRecordDataset(path, manifest.compression).map(decoder(manifest))
+        rows = sum(batch[manifest.columns[0].name].shape[0] for batch in batches)
         if rows != file.rows:
             raise ValueError(f"{path}: {rows:,} rows, the manifest says {file.rows:,}")
 

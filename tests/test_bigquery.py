@@ -246,3 +246,17 @@ def test_a_server_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setenv("BQEMU_MAX_CONCURRENT_JOBS", "none")  # a setting that the emulator refuses
     with pytest.raises(RuntimeError, match=r"(?s)embedded BigQuery did not start.*max_concurrent_jobs.*make doctor"):
         bigquery.connect()
+
+
+def test_a_rehearsal_finds_the_tables_that_a_reader_would_bring(monkeypatch):
+    from recsys_common import scale
+
+    monkeypatch.setenv("RECSYS_REHEARSE", "1")
+    given = scale.REHEARSAL
+    with bigquery.connect(given["PROJECT"], given["BUCKET"]) as warehouse:
+        assert warehouse.embedded and warehouse.storage == "gs://rehearsal-bucket"
+        warehouse.load(datasets.load(given["DATASET"]), given["ITEMS_TABLE"])
+        assert warehouse.count("ratings") == bigquery.REHEARSAL_ROWS
+        assert warehouse.query("SELECT COUNT(*) AS n FROM ratings JOIN items USING (item_id)")["n"][0].as_py() == 20_000
+        times = warehouse.query("SELECT MIN(timestamp) AS first, MAX(timestamp) AS last FROM ratings").to_pylist()[0]
+        assert 1_577_836_800 <= times["first"] < times["last"] < 1_577_836_800 + 1461 * 86_400  # TIMESTAMP to seconds

@@ -94,7 +94,7 @@ def test_log_q_makes_the_scores_the_log_of_what_users_choose():
 
     In batches of two rows the optimum is known: with the correction s(u, i) = log P(i|u), without it log P(i|u) -
     log Q(i), both up to a constant for each user. The expectation over all batches is minimised, so nothing is left
-    to chance. (In larger batches the items of one row outweigh the single positive, and no such rule is exact.)
+    to chance. (In larger batches the rule is only near: the positive is not drawn as the negatives are, but given.)
     """
     chosen = np.array([[0.8, 0.15, 0.05], [0.4, 0.2, 0.4]])  # P(i | u), both users equally often
     popularity = chosen.mean(0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -82,7 +83,7 @@ def test_ragged_columns(tmp_path):
 def test_a_file_can_be_read_from_the_description_alone(tmp_path):
     """The module's docstring says enough to decode a record with nothing but the wire format of TFRecord."""
     manifest = record_batches.write(tmp_path, tables(10), COLUMNS)
-    raw = open(manifest.paths[0], "rb").read()
+    raw = Path(manifest.paths[0]).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     example = tf.train.Example.FromString(raw[12 : 12 + length])
     items = np.frombuffer(example.features.feature["item_index"].bytes_list.value[0], "<i8")
@@ -137,7 +138,7 @@ def test_an_export_without_a_manifest_is_not_data(tmp_path):
         Manifest.load(tmp_path / "never")
     record_batches.write(tmp_path, tables(10), COLUMNS)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no manifest; the folder holds 1 other files.*run the export again"):
+    with pytest.raises(FileNotFoundError, match=r"no manifest; the folder holds 1 other files.*run the export again"):
         Manifest.load(tmp_path)
 
 
@@ -172,7 +173,7 @@ def test_a_disk_that_fills_says_so_and_keeps_the_earlier_export(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="could not write a file of about 1,600,000 bytes.*earlier export.*untouched"):
+        with pytest.raises(OSError, match=r"could not write a file of about 1,600,000 bytes.*earlier export.*untouched"):
             record_batches.write(tmp_path, tables(100_000), COLUMNS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,8 +11,7 @@ from Netflix or from the simulator:
 `timestamp` holds seconds since 1970 where the source has a clock, the position within the user's history where
 it has only an order, and 0 where it has neither; `RatingTables.time` says which.
 
-Needs: movielens.py netflix.py checks.py download.py simulated.py simulated_items.py (the folder `datasets/` is
-copied whole).
+Needs: movielens.py netflix.py checks.py download.py simulated.py simulated_items.py (copy the whole folder).
 """
 
 from __future__ import annotations

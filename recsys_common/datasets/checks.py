@@ -55,6 +55,15 @@ TEXT = Kind(pa.string(), "a text that is not empty", lambda column: pc.not_equal
 ANY_TEXT = Kind(pa.string(), "a text", pc.is_valid)
 
 
+def files(folder: Path, names: list[str], advice: str) -> list[Path]:
+    """The paths of files that must all be there; FileNotFoundError names those that are not."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 4:,} more" if len(missing) > 4 else ""
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing[:4])}{more}. {advice}")
+    return [folder / name for name in names]
+
+
 def line_of_row(row: int, paths: list[Path], is_row: Callable[[bytes], object] = bytes.strip) -> str:
     """The file and the line, from 1, of a row, from 0, of files read one after the other."""
     for path in paths:
@@ -167,7 +176,7 @@ def rating_tables(
     """
     ratings = pa.Table.from_arrays(ratings, schema=RATINGS_SCHEMA)
     items = pa.Table.from_arrays(items, schema=ITEMS_SCHEMA)
-    check_unique(items["item_id"].to_numpy(), item_place)
+    check_unique(item_place, item=items["item_id"].to_numpy())
     known = pc.is_in(ratings["item_id"], value_set=items["item_id"].combine_chunks()).to_numpy()
     if not known.all():
         row = int(known.argmin())
@@ -179,41 +188,45 @@ def rating_tables(
     return RatingTables(name, without_duplicates(ratings, duplicates, place), items, time)
 
 
-def check_unique(
-    keys: np.ndarray, place: Place, name: Callable | None = None, advice: str = "download the file again"
-) -> None:
-    """Raise ValueError if two rows have the same key; the message names the first that repeats one."""
+def _keys(*columns: np.ndarray) -> np.ndarray:
+    """One int64 a row, equal for two rows exactly if all their columns are."""
+    key = columns[0]
+    for column in columns[1:]:
+        if (int(key.max()) + 1) * (int(column.max()) + 1) > LARGEST_ID:
+            key, column = (np.unique(ids, return_inverse=True)[1] for ids in (key, column))
+        key = key * (column.max() + 1) + column
+    return key
+
+
+def check_unique(place: Place, advice: str = "download the file again", **columns: np.ndarray) -> None:
+    """Raise ValueError if two rows have the same columns; the message names the first row that repeats one."""
+    keys = _keys(*columns.values())
     in_order = np.sort(keys)  # much faster than the search below, which most files do not need
     if (in_order[1:] == in_order[:-1]).any():
         again = np.ones(len(keys), bool)
         again[np.unique(keys, return_index=True)[1]] = False
         second = int(again.argmax())
-        places = f"{place(int((keys == keys[second]).argmax()))} and {place(second)}"
-        what = name(second) if name else f"item {keys[second]} is there"
-        raise ValueError(f"{places}: {what} twice ({again.sum():,} such rows in all). Remove one, or {advice}.")
+        first = int((keys == keys[second]).argmax())
+        what = ", ".join(f"{name} {column[second]}" for name, column in columns.items())
+        raise ValueError(
+            f"{place(first)} and {place(second)}: {what} is there twice ({again.sum():,} such rows in all). "
+            f"Remove one, or {advice}."
+        )
 
 
 def without_duplicates(ratings: pa.Table, duplicates: str, place: Place) -> pa.Table:
     """Refuse ("error") second ratings of an item by the same user, or keep the "last" by time, then by row."""
     if duplicates not in ("error", "last"):
         raise ValueError(f"duplicates is {duplicates!r}, expected 'error' or 'last'.")
-    user, item = (ratings[name].to_numpy() for name in ("user_id", "item_id"))
-    if (int(user.max()) + 1) * (int(item.max()) + 1) > LARGEST_ID:
-        user, item = (np.unique(ids, return_inverse=True)[1] for ids in (user, item))
-    pair = user * (item.max() + 1) + item
+    user, item, time = (ratings[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
     if duplicates == "error":
-
-        def name(row: int) -> str:
-            return f"user {ratings['user_id'][row]} rated item {ratings['item_id'][row]}"
-
-        check_unique(pair, place, name, "load with duplicates='last' to keep the later")
+        check_unique(place, "load with duplicates='last' to keep the later", user=user, item=item)
         return ratings
-    order = np.lexsort([ratings["timestamp"].to_numpy(), pair])  # stable: equals stay in the order of the rows
-    last = np.append(pair[order[1:]] != pair[order[:-1]], True)
-    if last.all():
-        return ratings
-    dropped = f"dropped {(~last).sum():,} of {len(pair):,} ratings"
-    warnings.warn(f"{dropped}: the same user rated the same item again later.", stacklevel=2)
+    keys = _keys(user, item)
+    order = np.lexsort([time, keys])  # stable: equals stay in the order of the rows
+    last = np.append(keys[order[1:]] != keys[order[:-1]], True)
+    if not last.all():
+        warnings.warn(f"dropped {(~last).sum():,} of {len(keys):,} ratings: rated again later.", stacklevel=2)
     return ratings.take(np.sort(order[last]))
 
 
@@ -221,9 +234,5 @@ def compare_with_published(tables: RatingTables, folder: Path, ratings: int, ite
     """Warn if a folder does not hold as many ratings and items as were published."""
     found = (tables.ratings.num_rows, tables.items.num_rows)
     if found != (ratings, items):
-        warnings.warn(
-            f"{folder} holds {found[0]:,} ratings and {found[1]:,} items, published were {ratings:,} and {items:,}. "
-            "If you did not take some out yourself, a file was cut: download it again. Scores on these ratings do not "
-            "compare with published ones.",
-            stacklevel=3,
-        )
+        published = f"published were {ratings:,} and {items:,}. If you did not take some out yourself, a file was cut."
+        warnings.warn(f"{folder} holds {found[0]:,} ratings and {found[1]:,} items, {published}", stacklevel=3)

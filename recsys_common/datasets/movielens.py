@@ -12,9 +12,7 @@ Needs: __init__.py checks.py download.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,21 +27,17 @@ TERMS = """\
 passing on unless its README allows it, and no hint that they endorse your work; the README in its folder has all
 the terms. In publications, cite F. M. Harper and J. A. Konstan, The MovieLens Datasets: History and Context,
 ACM Transactions on Interactive Intelligent Systems 5(4), 2015, https://doi.org/10.1145/2827872"""
+MISSING = f"Put it there; a MovieLens dataset is downloaded from {BASE_URL} once its folder is out of the way."
 RATING = {"user": ID, "item": ID, "rating": STARS, "timestamp": SECONDS}
 MOVIE = {"item": ID, "title": TEXT, "genres": ANY_TEXT}
 
 
 def load(name: str, data_dir: str | Path, *, duplicates: str = "error") -> RatingTables:
-    """Read a MovieLens dataset from `data_dir`, downloading it first if it is not there.
+    """Read one of `NAMES` from its folder in `data_dir`, downloading it first if it is not there.
 
-    Args:
-      name: one of `NAMES`.
-      data_dir: an existing folder that holds the dataset's folder, or is it.
-      duplicates: "error", or "last" to keep the later of two ratings of an item by the same user.
-
-    Returns:
-      The tables. Items that nobody rated are kept. In ml-1m's SASRec form the ids are SASRec's, every rating
-      is 1, and the timestamp is the position in the user's history, from 0.
+    Items that nobody rated are kept. In ml-1m's SASRec form the ids are SASRec's, every rating is 1, and the timestamp
+    is the position in the user's history, from 0. With duplicates="last" the later of two ratings of an item by the
+    same user is kept.
 
     Raises:
       ValueError: an unknown name, or a malformed or half-downloaded file (the message names the line).
@@ -52,18 +46,18 @@ def load(name: str, data_dir: str | Path, *, duplicates: str = "error") -> Ratin
     """
     if name not in NAMES:
         raise ValueError(f"there is no MovieLens dataset {name!r}; there are {', '.join(NAMES)}.")
-    published, data_dir = NAMES[name], Path(data_dir)
-    folder = data_dir / published.folder
-    if not data_dir.is_dir():
+    read, folder, ratings, items = NAMES[name]
+    folder = Path(data_dir, folder)
+    if not folder.parent.is_dir():
         raise FileNotFoundError(f"{data_dir} is not a folder. Create it, or name the one that holds {folder.name}/.")
-    if not folder.is_dir() and data_dir.resolve().name == folder.name:
-        folder = data_dir
     if not folder.is_dir():
-        zip_ = (f"{BASE_URL}/{published.zip}", *ZIPS[published.zip])
-        download.fetch_and_unpack(*zip_, data_dir, folder.name, TERMS.format(name=name))
-    tables = published.read(folder, name, duplicates)
-    counts = SASREC_COUNTS if tables.time == "order" else (published.ratings, published.items)
-    checks.compare_with_published(tables, folder, *counts)
+        name_of_zip = name.removesuffix("-ratings") + ".zip"
+        size, sha256 = ZIPS[name_of_zip]
+        download.fetch_and_unpack(f"{BASE_URL}/{name_of_zip}", size, sha256, folder, TERMS.format(name=name))
+    tables = read(folder, name, duplicates)
+    if tables.time == "order":
+        ratings, items = SASREC_COUNTS
+    checks.compare_with_published(tables, folder, ratings, items)
     return tables
 
 
@@ -73,7 +67,7 @@ def read_csv_folder(folder: str | Path, name: str, duplicates: str = "error") ->
     Ratings run from 0.5 to 5, times are seconds since 1970, genres have | between them. `name` is the name of the
     result; `duplicates` and what is raised are as in `load`.
     """
-    ratings_path, movies_path = _files(Path(folder), "ratings.csv", "movies.csv")
+    ratings_path, movies_path = checks.files(Path(folder), ["ratings.csv", "movies.csv"], MISSING)
     columns = {"userId": ID, "movieId": ID, "rating": HALF_STARS, "timestamp": SECONDS}
     ratings, place = Layout(columns, header=True).read(ratings_path)
     columns = {"movieId": ID, "title": TEXT, "genres": ANY_TEXT}
@@ -82,7 +76,7 @@ def read_csv_folder(folder: str | Path, name: str, duplicates: str = "error") ->
 
 
 def _read_100k(folder: Path, name: str, duplicates: str) -> RatingTables:
-    ratings_path, movies_path, genres_path = _files(folder, "u.data", "u.item", "u.genre")
+    ratings_path, movies_path, genres_path = checks.files(folder, ["u.data", "u.item", "u.genre"], MISSING)
     ratings, place = Layout(RATING, "\t").read(ratings_path)
     genres = Layout({"genre": TEXT, "number": ID}, "|").read(genres_path)[0]["genre"].to_pylist()
     columns = {"item": ID, "title": TEXT, "release date": ANY_TEXT, "video date": ANY_TEXT, "IMDb URL": ANY_TEXT}
@@ -102,7 +96,7 @@ def _read_dat(folder: Path, name: str, duplicates: str) -> RatingTables:
         if name == "ml-1m-ratings" and (folder / "ratings_no_timestamp.dat").is_file():
             file, time = "ratings_no_timestamp.dat", "none"
             del columns["timestamp"]
-    ratings_path, movies_path = _files(folder, file, "movies.dat")
+    ratings_path, movies_path = checks.files(folder, [file, "movies.dat"], MISSING)
     encoding = "latin-1"
     if name == "ml-10m":
         columns["rating"], encoding = HALF_STARS, "utf-8"
@@ -114,12 +108,12 @@ def _read_dat(folder: Path, name: str, duplicates: str) -> RatingTables:
 
 
 def _read_sasrec(folder: Path, name: str, duplicates: str) -> RatingTables:
-    files = ("sasrec-ml-1m.txt", "sas_to_original_items.txt", "movies.dat")
-    ratings_path, map_path, movies_path = _files(folder, *files)
+    names = ["sasrec-ml-1m.txt", "sas_to_original_items.txt", "movies.dat"]
+    ratings_path, map_path, movies_path = checks.files(folder, names, MISSING)
     ratings, place = Layout({"user": ID, "item": ID}, " ").read(ratings_path)
     numbers, line = Layout({"item": ID, "movie": ID}, " ").read(map_path)
     movies, movie_line = _dat(MOVIE, "latin-1").read(movies_path)
-    checks.check_unique(movies["item"].to_numpy(), movie_line)
+    checks.check_unique(movie_line, item=movies["item"].to_numpy())
     row = pc.index_in(numbers["movie"], value_set=movies["item"].combine_chunks())
     if row.null_count:
         at = pc.index(pc.is_null(row), True).as_py()
@@ -129,18 +123,6 @@ def _read_sasrec(folder: Path, name: str, duplicates: str) -> RatingTables:
     tables = checks.rating_tables(name, "order", columns, place, items, line, duplicates)
     position = pa.array(_position(tables.ratings["user_id"].to_numpy()))
     return dataclasses.replace(tables, ratings=tables.ratings.set_column(3, RATINGS_SCHEMA.field(3), position))
-
-
-def _files(folder: Path, *files: str) -> list[Path]:
-    """The paths of files that must all be there."""
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-        raise FileNotFoundError(
-            f"{folder} lacks {' and '.join(missing)} (needed: {', '.join(files)}; there: {there}). Put it "
-            f"there; a MovieLens dataset is downloaded from {BASE_URL} once its folder is out of the way."
-        )
-    return [folder / file for file in files]
 
 
 def _dat(columns: dict[str, checks.Kind], encoding: str = "utf-8") -> Layout:
@@ -164,26 +146,16 @@ def _position(user: np.ndarray) -> np.ndarray:
     return position
 
 
-class Published(NamedTuple):
-    """A dataset as GroupLens published it: how to read it, its zip, the folder in that, and what it holds."""
-
-    read: Callable[[Path, str, str], RatingTables]
-    zip: str
-    folder: str
-    ratings: int
-    items: int
-
-
 # data/README.md says where these figures were published.
-NAMES = {
-    "ml-latest-small": Published(read_csv_folder, "ml-latest-small.zip", "ml-latest-small", 100_836, 9_742),
-    "ml-100k": Published(_read_100k, "ml-100k.zip", "ml-100k", 100_000, 1_682),
-    "ml-1m": Published(_read_dat, "ml-1m.zip", "ml-1m", 1_000_209, 3_883),
-    "ml-1m-ratings": Published(_read_dat, "ml-1m.zip", "ml-1m", 1_000_209, 3_883),
-    "ml-10m": Published(_read_dat, "ml-10m.zip", "ml-10M100K", 10_000_054, 10_681),
-    "ml-20m": Published(read_csv_folder, "ml-20m.zip", "ml-20m", 20_000_263, 27_278),
-    "ml-25m": Published(read_csv_folder, "ml-25m.zip", "ml-25m", 25_000_095, 62_423),
-    "ml-32m": Published(read_csv_folder, "ml-32m.zip", "ml-32m", 32_000_204, 87_585),
+NAMES = {  # reader, folder, ratings, items
+    "ml-latest-small": (read_csv_folder, "ml-latest-small", 100_836, 9_742),
+    "ml-100k": (_read_100k, "ml-100k", 100_000, 1_682),
+    "ml-1m": (_read_dat, "ml-1m", 1_000_209, 3_883),
+    "ml-1m-ratings": (_read_dat, "ml-1m", 1_000_209, 3_883),
+    "ml-10m": (_read_dat, "ml-10M100K", 10_000_054, 10_681),
+    "ml-20m": (read_csv_folder, "ml-20m", 20_000_263, 27_278),
+    "ml-25m": (read_csv_folder, "ml-25m", 25_000_095, 62_423),
+    "ml-32m": (read_csv_folder, "ml-32m", 32_000_204, 87_585),
 }
 SASREC_COUNTS = (999_611, 3_416)
 ZIPS = {  # bytes and SHA-256

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from . import ITEMS_SCHEMA, RATINGS_SCHEMA, RatingTables, checks
+from . import RATINGS_SCHEMA, RatingTables, checks
 
 BLOCK = 64 * 2**20
 RATINGS, FILMS = 100_480_507, 17_770
@@ -34,12 +34,12 @@ TITLES = checks.Layout(  # item,year,title where a title may hold commas
     {"item": checks.ID, "year": checks.YEAR, "title": checks.TEXT},
     separator="\x1f",
     encoding="latin-1",
-    prepare=lambda text: FIRST_TWO_COMMAS.sub(rb"\1\x1f\2\x1f", text),
+    prepare=lambda text: FIRST_TWO_COMMAS.sub(b"\\1\x1f\\2\x1f", text),
 )
 
 
 def load(data_dir: str | Path, *, duplicates: str = "error") -> RatingTables:
-    """Read the Netflix Prize ratings from `data_dir`, which holds the folder `netflix` or is it.
+    """Read the Netflix Prize ratings from the folder `netflix` in `data_dir`.
 
     A timestamp is the midnight (UTC) that began the day; titles end in the year; there are no genres. With
     duplicates="last" the later of two ratings of a film by the same user is kept.
@@ -48,46 +48,26 @@ def load(data_dir: str | Path, *, duplicates: str = "error") -> RatingTables:
       FileNotFoundError: a file is missing.
       ValueError: a malformed or half-downloaded file; the message names the line.
     """
-    titles_path, paths = _find(Path(data_dir))
+    folder = Path(data_dir, "netflix")
+    names = ["movie_titles.csv", *(f"combined_data_{number}.txt" for number in range(1, 5))]
+    if (folder / "training_set").is_dir():
+        names = ["movie_titles.txt", *(f"training_set/mv_{number:07}.txt" for number in range(1, FILMS + 1))]
+    titles_path, *paths = checks.files(folder, names, "Netflix withdrew these data: take them from a copy you have.")
     titles, title_line = TITLES.read(titles_path)
     item, year, title = titles.columns
     dated = pc.binary_join_element_wise(title, " (", year, ")", "")
-    no_genres = pa.array([[]] * len(item), ITEMS_SCHEMA.field("genres").type)
+    no_genres = pa.array([[]] * len(item), pa.list_(pa.string()))
     items = [item, pc.if_else(pc.equal(year, "NULL"), title, dated), no_genres]
-
     ratings = pa.concat_tables([table for path in paths for table in _read(path)]).combine_chunks()
     if ratings.num_rows == 0:
-        raise ValueError(f"{paths[0].parent} holds items but no ratings. Take the files from your copy again.")
+        raise ValueError(f"{folder} holds items but no ratings. Take the files from your copy again.")
 
     def place(row: int) -> str:
         return checks.line_of_row(row, paths, lambda line: line.strip() and not line.rstrip().endswith(b":"))
 
     tables = checks.rating_tables("netflix", "seconds", ratings.columns, place, items, title_line, duplicates)
-    checks.compare_with_published(tables, titles_path.parent, RATINGS, FILMS)
+    checks.compare_with_published(tables, folder, RATINGS, FILMS)
     return tables
-
-
-def _find(data_dir: Path) -> tuple[Path, list[Path]]:
-    """The titles and the files of ratings, in order; none is missing."""
-    how = (
-        "Netflix withdrew these data in 2010 and they cannot be downloaded: put your copy there, either "
-        "training_set/mv_*.txt and movie_titles.txt, or combined_data_1.txt to 4 and movie_titles.csv."
-    )
-    names = ("netflix/movie_titles.txt", "netflix/movie_titles.csv", "movie_titles.txt", "movie_titles.csv")
-    titles = next((data_dir / name for name in names if (data_dir / name).is_file()), None)
-    if titles is None:
-        raise FileNotFoundError(f"{data_dir} has none of {', '.join(names)}. {how}")
-    folder = titles.parent
-    paths = [folder / f"combined_data_{number}.txt" for number in range(1, 5)]
-    if (folder / "training_set").is_dir():
-        films = sorted((folder / "training_set").glob("mv_" + "[0-9]" * 7 + ".txt"))
-        last = int(films[-1].stem[3:]) if films else 1
-        paths = [folder / "training_set" / f"mv_{number:07}.txt" for number in range(1, last + 1)]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        names = ", ".join(missing[:4]) + (f" and {len(missing) - 4:,} more" if len(missing) > 4 else "")
-        raise FileNotFoundError(f"{paths[0].parent} lacks {names}. {how}")
-    return titles, paths
 
 
 def _read(path: Path) -> Iterator[pa.Table]:

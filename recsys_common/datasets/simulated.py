@@ -15,10 +15,9 @@ and a user u who took item j last takes the next item i, among those not taken y
     P(i | u, j, t) = NOISE p(i | all, t) + ORDER follows(i | j) + TASTE sum_g taste_ug(t) p(i | g, t)
 
 `follows` leads to the next three items of the group's ring, where a sequel stands after its first part. Users arrive
-over the years and come back in visits until the end. Stars are mood, the item's quality, liking and noise.
-
-The same (rows, seed) gives the same rows on every machine. A chunk depends on (rows, seed, its number) alone, so
-several processes can draw different chunks. Users grow with the rows, items with their square root.
+over the years and come back in visits until the end. Stars are mood, the item's quality, liking and noise. Users grow
+with the rows, items with their square root. A chunk depends on (rows, seed, its number) alone, on every machine, so
+several processes can draw different chunks.
 
 Needs: __init__.py simulated_items.py
 """
@@ -233,23 +232,19 @@ class Truth:
         simpson = ((0, 1 / 6), (0.5, 4 / 6), (1, 1 / 6))
         rest = sum(w * self._all_but_order(user_ids, start + x * (end - start)) for x, w in simpson)
         p = self._add_order(rest.copy(), last_item_ids)
-        counts, settled = p.copy(), min(steps, 6)  # from then on p no longer changes
+        counts = p.copy()
         leader = np.argsort(self._catalogue.followers[:-1], axis=0)  # the columns are permutations; their inverse
-        for _ in range(settled - 1):
+        for _ in range(min(steps, 6) - 1):  # from then on p no longer changes
             p = rest + ORDER * sum(share * p[:, leader[:, k]] for k, share in enumerate(FOLLOWERS))
             counts += p
-        return (counts + (steps - settled) * p).astype(np.float32)
+        return (counts + max(steps - 6, 0) * p).astype(np.float32)
 
     def ranker(self, last_seen, item_ids: np.ndarray, window: tuple[int, int]):
-        """The best reachable ranking of a window of time, in the form that `evaluation.evaluate` asks for.
+        """The best reachable ranking of a window of time (first and last second), for `evaluation.evaluate`.
 
-        Args:
-          last_seen: a table with user_index, user_id and last_item_id, the user's last item before the window.
-          item_ids: int [num_items], the id of each item_index; place 0 is for unknown items.
-          window: first and last second.
-
-        Returns:
-          A function from int [U] user indices to `expected_counts` as float32 [U, num_items].
+        `last_seen` is a table with user_index, user_id and last_item_id, the user's last item before the window;
+        `item_ids` is int [num_items], the id of each item_index, where place 0 is for unknown items. Returns a
+        function from int [U] user indices to `expected_counts` as float32 [U, num_items].
         """
         row = {index: row for row, index in enumerate(np.asarray(last_seen["user_index"]).tolist())}
         user_ids, last = np.asarray(last_seen["user_id"]), np.asarray(last_seen["last_item_id"])
@@ -290,6 +285,7 @@ def _known(name: str, ids: np.ndarray, low: int, high: int) -> np.ndarray:
 
 def write_csv(folder: str | Path, rows: int, seed: int = 1) -> None:
     """Write ratings.csv and movies.csv into `folder`, in the format of MovieLens latest-small."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     movies = ([i["item_id"], i["title"], "|".join(i["genres"])] for i in item_table(rows, seed).to_pylist())
     ratings = (row for table in stream(rows, seed) for row in zip(*table.to_pydict().values(), strict=True))
     _write(Path(folder, "movies.csv"), "movieId,title,genres", movies)
@@ -297,7 +293,6 @@ def write_csv(folder: str | Path, rows: int, seed: int = 1) -> None:
 
 
 def _write(path: Path, header: str, lines: Iterable) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     with beside.open("w", newline="", encoding="utf-8") as file:
         file.write(header + "\n")
