@@ -38,8 +38,8 @@ plan: .venv/installed  ## what a full run will do and cost; nothing is paid for
 rehearse: .venv/installed  ## the full path here, without an account: make rehearse CHAPTER=1
 	@$(BOOK) rehearse $(CHAPTER) --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --extra '$(EXTRA)' $(FORCED)
 
-bench: .venv/installed  ## measure what the chapters quote, into benchmarks/*.json
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: .venv/installed  ## measure what the texts quote: make bench DATA_DIR=folder
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') || exit 1; done
 
 doctor: .venv/installed  ## is this machine ready, and for which scale?
 	@$(BIN)/python -m recsys_common.doctor

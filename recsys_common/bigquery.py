@@ -289,9 +289,8 @@ class Warehouse:
           RuntimeError: the rows read are not as many as the table has.
         """
         condition = " AND ".join(f"{_plain(name)} = '{_plain(value)}'" for name, value in equal.items())
-        counts = self.query(
-            f"SELECT shard, COUNT(*) AS n FROM {_plain(table)} WHERE {condition} GROUP BY shard ORDER BY shard"
-        )
+        by_shard = f"SELECT shard, COUNT(*) AS n FROM {_plain(table)} WHERE {condition} GROUP BY shard ORDER BY shard"
+        counts = self.query(by_shard)
         if counts.num_rows == 0:
             raise ValueError(f"table {table!r} has no rows where {condition}; there is nothing to export")
         for shard, expected in zip(counts["shard"].to_pylist(), counts["n"].to_pylist(), strict=True):

@@ -95,11 +95,11 @@ def test_real_counts(name, ratings, users, rated, items, time_is):
 
 def test_real_latest_small_equals_a_plain_csv_reader():
     tables = real("ml-latest-small")
-    with (REAL / "ml-latest-small" / "ratings.csv").open() as file:
-        expected = [(int(u), int(i), float(r), int(t)) for u, i, r, t in list(csv.reader(file))[1:]]
-    assert rows(tables.ratings) == expected
-    with (REAL / "ml-latest-small" / "movies.csv").open(encoding="utf-8") as file:
-        movies = list(csv.reader(file))[1:]
+    ratings, movies = (
+        list(csv.reader((REAL / "ml-latest-small" / name).read_text(encoding="utf-8").splitlines()))[1:]
+        for name in ("ratings.csv", "movies.csv")
+    )
+    assert rows(tables.ratings) == [(int(u), int(i), float(r), int(t)) for u, i, r, t in ratings]
     genres = [[] if text == "(no genres listed)" else text.split("|") for _, _, text in movies]
     assert rows(tables.items) == [(int(m[0]), m[1], g) for m, g in zip(movies, genres, strict=True)]
 
@@ -195,20 +195,6 @@ def test_sasrec_positions_of_mixed_users_and_after_a_duplicate(tmp_path):
     assert rows(tables.ratings) == [(1, 2, 1.0, 0), (1, 1, 1.0, 1), (1, 3, 1.0, 2)]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ids": "1 9\n2 70\n3 8\n"}, "sas_to_original_items.txt, line 2: {}movies.dat has no movie 70."),
-        ({"lines": "1 1\n1 2 5\n"}, "sasrec-ml-1m.txt, line 2: '1 2 5' was found, expected 2 fields: user, item."),
-        ({"movies": DAT_MOVIES + "8::Cold (1996)::\n"}, "movies.dat, line 2 and {}movies.dat, line 4: item 8 is there"),
-    ],
-)
-def test_bad_sasrec_files(tmp_path, change, message):
-    folder = f"{tmp_path / 'ml-1m'}/"
-    with pytest.raises(ValueError, match=re.escape(folder + message.format(folder))):
-        sasrec(tmp_path, **change)
-
-
 # --- malformed lines --------------------------------------------------------------------------------------------
 
 ID_RANGE = "expected an integer from 0 to 9223372036854775807"
@@ -250,19 +236,16 @@ def test_a_file_cut_within_its_last_line(tmp_path, left_out):
         read_csv(tmp_path, RATINGS_CSV[:-left_out])
 
 
-@pytest.mark.parametrize("header", ["1,10,4.0,964982703", "user,item,rating,timestamp", "userId"])
-def test_wrong_header(tmp_path, header):
-    message = f"ratings.csv, line 1: the header is {header!r}, expected 'userId,movieId,rating,timestamp'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_csv(tmp_path, f"{header}\n1,10,4.0,9\n")
+HEADER = RATINGS_CSV.splitlines()[0]
+EMPTY_OR_HEADLESS = [(text, f"has no rows ({len(text)} bytes)") for text in ("", "\n\n", HEADER + "\n")]
+for header in ("1,10,4.0,964982703", "user,item,rating,timestamp", "userId"):
+    EMPTY_OR_HEADLESS.append((f"{header}\n1,10,4.0,9\n", f"line 1: the header is {header!r}, expected {HEADER!r}"))
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", RATINGS_CSV.splitlines()[0] + "\n"])
-def test_empty_files(tmp_path, text):
-    with pytest.raises(ValueError, match=rf"ratings\.csv has no rows \({len(text)} bytes\)"):
+@pytest.mark.parametrize(("text", "message"), EMPTY_OR_HEADLESS)
+def test_empty_files_and_wrong_headers(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"ratings\.csv,? {re.escape(message)}"):
         read_csv(tmp_path, ratings=text)
-    with pytest.raises(ValueError, match=r"movies\.csv has no rows"):
-        read_csv(tmp_path, movies="movieId,title,genres\n")
 
 
 @pytest.mark.parametrize(
@@ -287,23 +270,35 @@ def test_a_rated_item_that_is_not_in_the_movies(tmp_path):
         read_csv(tmp_path, RATINGS_CSV + "3,77,4.0,1\n4,77,4.0,1\n5,78,4.0,1\n")
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "content", "message"),
-    [
-        ("ml-1m", "ratings.dat", "5::8::4::97\n1::7::1:97\n", "line 2: '1::7::1:97' was found, expected 4 fields"),
-        ("ml-1m", "ratings.dat", "5\t8\t4\t97\n", "line 1: '5\\t8\\t4\\t97' was found, expected 4 fields"),
-        ("ml-1m", "ratings.dat", "5::8::0.5::97\n", "line 1: rating is '0.5', expected a number from 1 to 5"),
-        ("ml-1m", "ratings.dat", "5::8::4::97\n5::8::3::98\n", "line 2: user 5, item 8 is there twice"),
-        ("ml-10m", "ratings.dat", "5::8::0.4::97\n", "line 1: rating is '0.4', expected a number from 0.5 to 5"),
-        ("ml-1m", "movies.dat", "8::Heat (1995)\n", "line 1: '8::Heat (1995)' was found, expected 3 fields"),
-    ],
-)
-def test_bad_dat_files(tmp_path, name, file, content, message):
-    folder = tmp_path / movielens.NAMES[name][1]
-    write(folder, {"ratings.dat": "5::8::4::978300760\n", "movies.dat": DAT_MOVIES.encode("latin-1"), file: content})
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+SASREC = {"sasrec-ml-1m.txt": "1 1\n", "sas_to_original_items.txt": "1 9\n2 7\n"}
+STARRED = {"ratings.dat": "5::8::4::978300760\n"}
+BAD_FILES = [  # name, the good files, the bad one, its content, the message after its path
+    ("ml-1m", STARRED, "ratings.dat", "5::8::4::97\n1::7::1:97\n", "line 2: '1::7::1:97' was found, expected 4 fields"),
+    ("ml-1m", STARRED, "ratings.dat", "5\t8\t4\t97\n", "line 1: '5\\t8\\t4\\t97' was found, expected 4 fields"),
+    ("ml-1m", STARRED, "ratings.dat", "5::8::0.5::97\n", "line 1: rating is '0.5', expected a number from 1 to 5"),
+    (
+        "ml-1m",
+        STARRED,
+        "ratings.dat",
+        "5::8::4::97\n5::8::3::98\n",
+        "line 1 and {}, line 2: user 5, item 8 is there twice",
+    ),
+    ("ml-10m", STARRED, "ratings.dat", "5::8::0.4::97\n", "line 1: rating is '0.4', expected a number from 0.5 to 5"),
+    ("ml-1m", STARRED, "movies.dat", "8::Heat (1995)\n", "line 1: '8::Heat (1995)' was found, expected 3 fields"),
+    ("ml-1m", SASREC, "movies.dat", DAT_MOVIES + "8::Cold (1996)::\n", "line 2 and {}, line 4: item 8 is there twice"),
+    ("ml-1m", SASREC, "sas_to_original_items.txt", "1 9\n2 70\n", "line 2: {movies} has no movie 70."),
+    ("ml-1m", SASREC, "sasrec-ml-1m.txt", "1 1\n1 2 5\n", "line 2: '1 2 5' was found, expected 2 fields: user, item."),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "file", "content", "message"), BAD_FILES)
+def test_bad_files(tmp_path, name, good, file, content, message):
+    folder = write(tmp_path / movielens.NAMES[name][1], {"movies.dat": DAT_MOVIES.encode("latin-1")} | good)
+    (folder / file).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError) as error:
         movielens.load(name, tmp_path)
-    assert str(folder / file) in str(error.value)
+    expected = f"{folder / file}, {message.format(folder / file, movies=folder / 'movies.dat')}"
+    assert str(error.value).startswith(expected)
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------
@@ -318,20 +313,16 @@ def test_duplicates_are_refused_by_line(tmp_path):
         read_csv(tmp_path, duplicates="first")
 
 
-def test_the_last_duplicate_stays_by_time_then_by_line(tmp_path):
+def test_the_last_duplicate_stays_by_time_then_by_line_and_rows_keep_their_order(tmp_path):
     more = "1,10,2.0,964982702\n2,10,1.0,1445714835\n3,20,3.0,7\n2,10,2.0,1445714835\n"
     with pytest.warns(UserWarning, match="dropped 3 of 7 ratings"):
         tables = read_csv(tmp_path, RATINGS_CSV + more, duplicates="last")
     assert rows(tables.ratings) == [RATED[0], RATED[1], (3, 20, 3.0, 7), (2, 10, 2.0, 1445714835)]
-
-
-@pytest.mark.parametrize("duplicates", ["error", "last"])
-def test_unsorted_rows_without_duplicates_keep_their_order(tmp_path, duplicates):
     header, *lines = RATINGS_CSV.splitlines(keepends=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tables = read_csv(tmp_path, header + "".join(lines[::-1]), duplicates=duplicates)
-    assert rows(tables.ratings) == RATED[::-1]
+    for duplicates in ("error", "last"):
+        with warnings.catch_warnings(action="error"):
+            tables = read_csv(tmp_path, header + "".join(lines[::-1]), duplicates=duplicates)
+        assert rows(tables.ratings) == RATED[::-1]
 
 
 BIG = st.sampled_from([0, 1, 2, 2**31, 2**32, 2**62, 2**63 - 1])  # products of these do not fit into an int64
@@ -518,21 +509,16 @@ def test_nobody_answers_or_not_securely(tmp_path, scheme, said):
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("wrong", [ZIP[:-1] + b"x", b"<html>Please log in</html>"])
-def test_wrong_bytes(tmp_path, wrong):
-    with Server(wrong) as server, pytest.raises(ValueError) as error:
-        fetch(server.url, tmp_path)
-    assert len(server.asked) == 1
-    (_, size, sha256), (_, good, expected) = registered(server.url, wrong), registered(server.url)
-    message = f"{size} bytes with the SHA-256 {sha256}, expected {good} bytes with {expected}"
-    assert message in str(error.value) and "Nothing was kept" in str(error.value)
-    assert left(tmp_path) == []
-
-
-def test_a_zip_with_another_folder(tmp_path):
-    data = make_zip(folder="ml-huge")
-    with Server(data) as server, pytest.raises(ValueError, match="no folder 'ml-tiny' in it; it holds ml-huge"):
-        download.fetch_and_unpack(*registered(server.url, data), tmp_path / "ml-tiny")
+def test_wrong_bytes_or_another_folder(tmp_path):
+    (_, good, expected), other = registered(""), make_zip(folder="ml-huge")
+    for wrong in (ZIP[:-1] + b"x", b"<html>Please log in</html>"):
+        with Server(wrong) as server, pytest.raises(ValueError) as error:
+            fetch(server.url, tmp_path)
+        assert len(server.asked) == 1
+        found = f"{len(wrong)} bytes with the SHA-256 {hashlib.sha256(wrong).hexdigest()}"
+        assert f"{found}, expected {good} bytes with {expected}" in str(error.value)
+    with Server(other) as server, pytest.raises(ValueError, match="no folder 'ml-tiny' in it; it holds ml-huge"):
+        download.fetch_and_unpack(*registered(server.url, other), tmp_path / "ml-tiny")
     assert left(tmp_path) == []
 
 
@@ -653,6 +639,22 @@ def test_bad_netflix_line(tmp_path, monkeypatch, text, message, block):
     assert str(error.value).startswith(str(folder / "combined_data_2.txt"))
 
 
+BAD_TITLES = [
+    ("19,2000", "line 6: '19,2000' was found, expected 3 fields: item, year, title"),
+    ("19,20,Heat", "line 6: year is '20', expected a year such as 2005, or NULL"),
+    ("19,2000,", "line 6: title is '', expected a text that is not empty"),
+    ("x,2000,Heat, The", f"line 6: item is 'x', {ID_RANGE}"),
+    ("3,2000,Heat", "line 3 and {}, line 6: item 3 is there twice"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_TITLES)
+def test_bad_netflix_titles(tmp_path, line, message):
+    path = write(combined(tmp_path), {"movie_titles.csv": f"{TITLES}{line}\n".encode("latin-1")}) / "movie_titles.csv"
+    with pytest.raises(ValueError, match=re.escape(f"{path}, {message.format(path)}")):
+        netflix.load(tmp_path)
+
+
 @pytest.mark.parametrize("block", [20, 2**20])
 def test_netflix_duplicates(tmp_path, monkeypatch, block):
     again = "17:\n6,1,1999-01-01\n2:\n6,5,2000-01-01\n17:\n6,5,1971-01-01\n"
@@ -671,24 +673,11 @@ def test_netflix_duplicates(tmp_path, monkeypatch, block):
         netflix.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("19,2000", "line 6: '19,2000' was found, expected 3 fields: item, year, title"),
-        ("19,20,Heat", "line 6: year is '20', expected a year such as 2005, or NULL"),
-        ("19,2000,", "line 6: title is '', expected a text that is not empty"),
-        ("x,2000,Heat, The", f"line 6: item is 'x', {ID_RANGE}"),
-        ("3,2000,Heat", "line 3 and {}, line 6: item 3 is there twice"),
-    ],
-)
-def test_bad_netflix_titles(tmp_path, line, message):
-    path = write(combined(tmp_path), {"movie_titles.csv": f"{TITLES}{line}\n".encode("latin-1")}) / "movie_titles.csv"
-    with pytest.raises(ValueError, match=re.escape(f"{path}, {message.format(path)}")):
-        netflix.load(tmp_path)
-
-
-def test_netflix_missing_files(tmp_path):
+def test_netflix_missing_files_and_ratings(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"netflix lacks movie_titles\.csv, combined_.* Netflix withdrew"):
+        netflix.load(tmp_path)
+    combined(tmp_path, ["1:\n", "2:\n", "3:\n", "17:\n"])
+    with pytest.raises(ValueError, match="netflix holds items but no ratings"):
         netflix.load(tmp_path)
     (combined(tmp_path) / "combined_data_3.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"netflix lacks combined_data_3\.txt\. Netflix withdrew"):

@@ -173,7 +173,7 @@ def test_a_disk_that_fills_says_so_and_keeps_the_earlier_export(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"could not write a file of about 1,600,000 bytes.*earlier export.*untouched"):
+        with pytest.raises(OSError, match=r"could not write a file of about 1,600,000 bytes.*earlier.*untouched"):
             record_batches.write(tmp_path, tables(100_000), COLUMNS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -58,7 +58,9 @@ def load(data_dir: str | Path, *, duplicates: str = "error") -> RatingTables:
     dated = pc.binary_join_element_wise(title, " (", year, ")", "")
     no_genres = pa.array([[]] * len(item), pa.list_(pa.string()))
     items = [item, pc.if_else(pc.equal(year, "NULL"), title, dated), no_genres]
-    ratings = pa.concat_tables([table for path in paths for table in _read(path)]).combine_chunks()
+    films = [table for path in paths for table in _read(path)]
+    ratings = pa.concat_tables([RATINGS_SCHEMA.empty_table(), *films]).combine_chunks()
+    del films  # as large as the ratings
     if ratings.num_rows == 0:
         raise ValueError(f"{folder} holds items but no ratings. Take the files from your copy again.")
 

@@ -39,7 +39,7 @@ from .simulated_items import GROUP_SHARE, Catalogue, G, generator
 
 # Set so that 100,000 rows look like ml-100k to popularity and to matrix factorization. What each one moves:
 NOISE, ORDER, TASTE = 0.10, 0.10, 0.80  # more ORDER: sequence models gain; more TASTE: matrix factorization gains
-PEAK = 1.1  # Dirichlet mass of a taste; less is a sharper taste and a larger gain of matrix factorization
+PEAK = 1.8  # Dirichlet mass of a taste; less is a sharper taste and a larger gain of matrix factorization
 KEPT_TASTE = 0.6  # share of the first taste that is left at the end; less: old rows mislead
 FOLLOWERS = (0.6, 0.25, 0.15)  # how ORDER divides over the next three items of the ring
 MEAN_ROWS, MIN_ROWS, ROWS_SCALE, ROWS_SHAPE = 106, 20, 74.0, 1.3  # rows a user: MIN_ROWS + Weibull
