@@ -182,3 +182,11 @@ def test_every_figure_has_a_text_for_those_who_cannot_see_it(path):
     prose = "\n".join(cell.source for cell in committed(path).cells if cell.cell_type == "markdown")
     assert re.findall(r"!\[\s*\]\([^)]*\)", prose) == []
     assert [tag for tag in re.findall(r"<img[^>]*>", prose) if not re.search(r'alt="[^"]+"', tag)] == []
+
+
+@each_chapter
+def test_code_that_the_text_shows_is_code_that_runs(path):
+    prose = "\n".join(cell.source for cell in committed(path).cells if cell.cell_type == "markdown")
+    shown = "\n".join(re.findall(r"```python\n(.*?)```", prose, flags=re.S)).splitlines()
+    run = {line.strip() for cell in code_cells(path) for line in cell.source.splitlines()}
+    assert [line for line in shown if line.strip() and line.strip() not in run] == []
