@@ -19,6 +19,7 @@ import io
 import re
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,18 +32,32 @@ SQL_FOLDER = Path(__file__).parent / "sql"
 TABLE_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9-]*(:[A-Za-z0-9-]+)?\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
 # Storage Read sessions offer as many streams as the service thinks useful; more than this only adds round trips.
 STREAMS = 8
-# BigQuery refuses a query that would scan more: a wrong join fails instead of costing a month's budget.
+# The tables of a run are replaced without asking, so they live in a dataset of their own, which says so by its label.
+DATASET = "recsys_common"
+LABEL = {"made-by": "recsys-common"}
+# The columns of a table that is read in place, with the types that they may have.
+SOURCES = {
+    "ratings": {
+        "user_id": ["INT64"],
+        "item_id": ["INT64"],
+        "rating": ["FLOAT64", "INT64", "NUMERIC"],
+        "timestamp": ["TIMESTAMP", "INT64"],
+    },
+    "items": {"item_id": ["INT64"], "title": ["STRING"], "genres": ["STRING REPEATED"]},
+}
+# BigQuery refuses a query that would scan more than this.
 REHEARSAL_ROWS = 20_000
 MAXIMUM_BYTES_BILLED = 10 * 1024**4
 
 
-def connect(project: str = "", bucket: str = "", dataset: str = "recsys", location: str = "US") -> Warehouse:
+def connect(project: str = "", bucket: str = "", dataset: str = DATASET, location: str = "US") -> Warehouse:
     """Open the warehouse.
 
     Args:
       project: Google Cloud project to bill; "" starts an embedded BigQuery that ends with this process.
       bucket: Cloud Storage bucket for exported files, without `gs://`; ignored when embedded.
-      dataset: BigQuery dataset for this run's tables; created when absent.
+      dataset: BigQuery dataset for this run's tables, which are replaced; created when absent, and refused when
+        it exists without our label. Two people at work at once take two.
       location: where a new dataset is created. Keep the bucket in the same place.
 
     Raises:
@@ -103,7 +118,23 @@ class Warehouse:
             self._channel = grpc.insecure_channel(server.grpc, options=[("grpc.max_receive_message_length", -1)])
             transport = transports.BigQueryReadGrpcTransport(channel=self._channel)
             self._reader = bigquery_storage.BigQueryReadClient(transport=transport)
-        self.client.create_dataset(dataset, exists_ok=True, retry=self._retry(), timeout=60)
+        self._own(bigquery.Dataset(f"{project}.{dataset}"), location)
+
+    def _own(self, dataset, location: str) -> None:
+        """Create the dataset with our label, or make sure that the existing one carries it."""
+        from google.api_core.exceptions import NotFound
+
+        try:
+            found = self.client.get_dataset(dataset.reference, retry=self._retry()).labels
+        except NotFound:
+            dataset.labels, dataset.location = LABEL, location
+            self.client.create_dataset(dataset, retry=self._retry(), timeout=60)
+            return
+        if not LABEL.items() <= found.items():
+            raise ValueError(
+                f"the dataset {dataset.dataset_id} exists with the labels {found}, expected {LABEL}: it is not ours, and "
+                "tables in it would be replaced. Name another one: connect(..., dataset='mine')."
+            )
 
     def __enter__(self) -> Warehouse:
         return self
@@ -129,45 +160,47 @@ class Warehouse:
         """Make `ratings` and `items` exist in this dataset.
 
         Args:
-          tables: `datasets.RatingTables` to load, or the name `project.dataset.table` of a BigQuery table with the
-            columns user_id, item_id, rating, timestamp (INT64, INT64, FLOAT64, INT64 or TIMESTAMP), which is read
-            through a view: nothing is copied.
+          tables: `datasets.RatingTables`. If it names a BigQuery table, that one is read through a view and nothing is
+            copied; it must have the columns user_id, item_id, rating, timestamp (INT64, INT64, FLOAT64, TIMESTAMP or
+            INT64 seconds). Whether a pair occurs twice in it is not checked: that would cost a pass with a shuffle.
           items_table: with a table name, the table of item_id, title, genres; "" for none.
 
         Raises:
           ValueError: an ill-formed table name, a missing column, an empty table, nulls, NaN or negative ids;
             the message counts them.
         """
-        if isinstance(tables, str):
-            self._view("ratings", tables, ("user_id", "item_id", "rating", "timestamp"))
+        if tables.table:
+            self._view("ratings", tables.table)
             if items_table:
-                self._view("items", items_table, ("item_id", "title", "genres"))
+                self._view("items", items_table)
             else:
-                self.query("CREATE OR REPLACE TABLE items (item_id INT64, title STRING, genres ARRAY<STRING>)")
-            self.check(tables)
+                self._drop("items")
+                self.query("CREATE TABLE items (item_id INT64, title STRING, genres ARRAY<STRING>)")
+            self.check(tables.table)
         else:
             self._upload("ratings", tables.ratings)
             self._upload("items", tables.items)
             self.check(tables.name)
 
-    def _view(self, name: str, table: str, columns: tuple[str, ...]) -> None:
+    def _view(self, name: str, table: str) -> None:
         if not TABLE_NAME.match(table):
-            raise ValueError(
-                f"{table!r} is not a BigQuery table name; expected project.dataset.table, such as shop.events.ratings"
-            )
-        types = {field.name: field.field_type for field in self.client.get_table(table).schema}
-        missing = [column for column in columns if column not in types]
-        if missing:
-            raise ValueError(
-                f"{table} has no column {missing[0]!r}; it has {', '.join(types)}, expected {', '.join(columns)}. "
-                "Make a view that renames yours and give its name instead."
-            )
-        select = [
-            "UNIX_SECONDS(timestamp) AS timestamp" if (c, types[c]) == ("timestamp", "TIMESTAMP") else c
-            for c in columns
-        ]
+            raise ValueError(f"{table!r} is not a BigQuery table name; expected project.dataset.table")
+        if table.replace(":", ".").split(".")[-2] == self.dataset:
+            raise ValueError(f"{table} lies in {self.dataset}, where tables are replaced. Copy it elsewhere.")
+        names = {"INTEGER": "INT64", "FLOAT": "FLOAT64"}  # the API's old names
+        types = {
+            f.name: names.get(f.field_type, f.field_type) + " REPEATED" * (f.mode == "REPEATED")
+            for f in self.client.get_table(table).schema
+        }
+        for column, wanted in SOURCES[name].items():
+            if types.get(column) not in wanted:
+                raise ValueError(
+                    f"{table}: column {column!r} is {types.get(column, 'missing')}, expected {' or '.join(wanted)}; the "
+                    f"table has {', '.join(types)}. Make a view that renames or casts, and give its name instead."
+                )
+        columns = ["UNIX_SECONDS(timestamp) AS timestamp" if types[c] == "TIMESTAMP" else c for c in SOURCES[name]]
         self._drop(name)
-        self.query(f"CREATE VIEW {name} AS SELECT {', '.join(select)} FROM `{table}`")
+        self.query(f"CREATE VIEW {name} AS SELECT {', '.join(columns)} FROM `{table}`")
 
     def _drop(self, name: str) -> None:
         from google.api_core.exceptions import NotFound
@@ -269,10 +302,12 @@ class Warehouse:
             max_stream_count=STREAMS,
         )
         schema = pa.ipc.read_schema(pa.py_buffer(session.arrow_schema.serialized_schema))
+        with ThreadPoolExecutor(STREAMS) as pool:
+            streams = pool.map(lambda stream: list(self._reader.read_rows(stream.name)), session.streams)
         batches = [
             pa.ipc.read_record_batch(pa.py_buffer(response.arrow_record_batch.serialized_record_batch), schema)
-            for stream in session.streams
-            for response in self._reader.read_rows(stream.name)
+            for responses in streams
+            for response in responses
         ]
         return pa.Table.from_batches(batches, schema=schema)
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-# users scored together: 512 x 100,000 items in float32 are 200 MB
-BLOCK = 512
+BLOCK = 512  # users scored together, at most, and
+CELLS = 25_000_000  # scores held at once: 100 MB in float32
 
 
 def evaluate(
@@ -100,8 +100,9 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
     users = np.unique(test_users)
     k = min(k, num_items - 1)
     shown, ranks = np.zeros((len(users), k), np.int64), np.empty(len(known))
-    for begin in range(0, len(users), BLOCK):
-        block = users[begin : begin + BLOCK]
+    size = max(1, min(BLOCK, CELLS // num_items))
+    for begin in range(0, len(users), size):
+        block = users[begin : begin + size]
         score = np.asarray(scores(block), np.float32)
         if score.shape != (len(block), num_items):
             raise ValueError(f"scores gave shape {score.shape} for {len(block)} users and {num_items} items")
@@ -117,7 +118,7 @@ def rank(scores, test_users, test_items, seen_users, seen_items, num_items: int,
         shown[begin : begin + len(block)] = _top(score, order, k)
         low, high = np.searchsorted(known[:, 0], [block[0], block[-1] + 1])
         row, column = np.searchsorted(block, known[low:high, 0]), column_of[known[low:high, 1]]
-        for piece in np.array_split(np.arange(high - low), max(1, (high - low) // BLOCK)):
+        for piece in np.array_split(np.arange(high - low), max(1, (high - low) // size)):
             others, own = score[row[piece]], score[row[piece], column[piece]][:, None]
             earlier = np.arange(num_items - 1) < column[piece][:, None]
             place = 1 + ((others > own) | ((others == own) & earlier)).sum(1)

@@ -51,7 +51,7 @@ def batches(
       epochs: passes; every pass has an order of its own.
       seed: of the shuffle; None keeps the order of the files.
       drop_remainder: leave out the rows that do not fill a last batch of the pass, so that every batch has the
-        same static shape (a TPU needs that). The rows left out differ from pass to pass.
+        same static shape (a TPU needs that). With a seed, other rows are left out in each pass.
 
     Raises:
       ValueError: the batch is larger than the data.

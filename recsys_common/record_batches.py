@@ -142,8 +142,8 @@ def write(
 ) -> Manifest:
     """Write one file for each table; replaces an earlier export only once all of the new one is there.
 
-    The rows of a file are put into an order that depends on the rows and the seed alone, and is random otherwise:
-    the order in which a warehouse hands rows out is neither.
+    The rows of a file are put into an order that depends on the rows (their columns that are not lists) and the seed
+    alone, and is random otherwise: the order in which a warehouse hands rows out is neither.
 
     Args:
       folder: local or `gs://` folder.
@@ -310,15 +310,16 @@ def _write_file(folder, number, arrays, order, rows_per_record, compression) -> 
     except (OSError, tf.errors.OpError) as error:
         if tf.io.gfile.exists(path):
             tf.io.gfile.remove(path)
-        raise OSError(errno.ENOSPC, f"{_full(size, folder)} ({error})", path) from error
+        code = getattr(error, "errno", None) or errno.EIO
+        raise OSError(code, f"{_full(size, folder)} ({error})", path) from error
     return File(final, len(order), written, digest)
 
 
 def _full(size: int, folder: str) -> str:
     free = "" if "://" in folder else f", {shutil.disk_usage(folder).free:,} bytes are free there"
     return (
-        f"could not write a file of about {size:,} bytes{free}. Free some space or choose another folder, and run the "
-        "export again: an earlier export in this folder is untouched"
+        f"could not write a file of about {size:,} bytes{free}. Free some space, or choose another folder that may be "
+        "written, and run the export again: an earlier export in this folder is untouched"
     )
 
 

@@ -36,7 +36,8 @@ def export(
     An id that is not in the vocabulary takes row 0.
 
     Args:
-      folder: replaced if it exists, by the whole new model or not at all.
+      folder: replaced if it exists, once the whole new model is there; killed between two renames, the old one is
+        `<folder>.old`.
       user_ids: int64 [U], the id of user row r in place r - 1: row 0 is for unknown ids.
       user_vectors: float32 [U + 1, d].
       item_ids: int64 [I], likewise.
@@ -99,5 +100,10 @@ def export(
     extra.mkdir(exist_ok=True)
     (extra / "metadata.json").write_text(about + "\n")
     if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        beside.rename(folder)

@@ -73,6 +73,18 @@ def fit(
     return losses
 
 
+def rows_per_second(dataset: tf.data.Dataset, batch_size: int, seconds: float = 1.5, warm_up: int = 2) -> float:
+    """Rows that a dataset delivers a second, over and over for about `seconds`; the first batches do not count."""
+    batches = iter(dataset.repeat())
+    for _ in range(warm_up):
+        next(batches)
+    start, read = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        next(batches)
+        read += batch_size
+    return read / (time.perf_counter() - start)
+
+
 def seconds_per_step(model: tf.keras.Model, dataset: tf.data.Dataset, steps: int = 12, warm_up: int = 3) -> float:
     """Median seconds of a training step, after `warm_up` steps that also trace the function and create slots."""
     step, batches = model.make_train_function(), iter(dataset.repeat())

@@ -1,6 +1,7 @@
 """The warehouse: the real client against the embedded service."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from recsys_common import bigquery, datasets
+from recsys_common import bigquery, datasets, splits
 from recsys_common.datasets import ITEMS_SCHEMA, RATINGS_SCHEMA, RatingTables
 
 
@@ -141,49 +142,115 @@ def test_values_go_in_as_parameters(loaded):
         list(loaded.shards("examples", {"split": "x' OR '1'='1"}))
 
 
-def test_an_existing_table_is_read_in_place(loaded):
+@pytest.fixture
+def theirs(loaded):
+    """A reader's own dataset, `shop`, with the ratings and a TIMESTAMP; returns what runs SQL on it."""
+    loaded.client.create_dataset("shop", exists_ok=True)
     loaded.query(
-        "CREATE OR REPLACE TABLE theirs AS "
+        "CREATE OR REPLACE TABLE shop.ratings AS "
         "SELECT user_id, item_id, rating, TIMESTAMP_SECONDS(timestamp) AS timestamp FROM ratings"
     )
+    return lambda sql: loaded.query(f"CREATE OR REPLACE TABLE shop.other AS {sql}")
+
+
+def in_place(name: str) -> RatingTables:
+    return datasets.load(f"embedded.shop.{name}")
+
+
+def test_an_existing_table_is_read_in_place(loaded, theirs):
     before = rows_of(loaded.query("SELECT * FROM ratings"))
-    loaded.query("DROP TABLE ratings")
-    loaded.load("embedded.recsys.theirs")
+    loaded.load(in_place("ratings"))
     assert rows_of(loaded.query("SELECT * FROM ratings")) == before
+    assert loaded.count("items") == 0
+    loaded.load(small_tables())  # and a table in the place of the view again
+    assert rows_of(loaded.query("SELECT * FROM ratings")) == before
+    assert loaded.query("SELECT COUNT(*) AS n FROM shop.ratings")["n"][0].as_py() == 10
 
 
-@pytest.mark.parametrize("name", ["ratings", "a.b.c; DROP TABLE x", "p.d.`t`", "p..t"])
+def test_items_without_a_title_are_shown_by_number(loaded, theirs):
+    loaded.load(in_place("ratings"))
+    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("vocabularies.sql")
+    titles = loaded.run("titles.sql", item_indices=[1, 2]).to_pylist()
+    assert sorted(row["title"] for row in titles) == ["item 10", "item 20"]
+    assert loaded.run("liked.sql", user_id=3, rows=2)["title"].to_pylist() == ["item 30", "item 10"]
+
+
+def test_a_source_in_the_working_dataset_is_refused_and_kept(loaded):
+    loaded.query("CREATE OR REPLACE TABLE mine AS SELECT * FROM ratings")
+    with pytest.raises(ValueError, match="lies in recsys_common, where tables are replaced"):
+        loaded.load(datasets.load("embedded.recsys_common.mine"))
+    assert loaded.count("mine") == loaded.count("ratings") == 10
+
+
+def test_a_dataset_that_is_not_ours_is_refused(loaded):
+    loaded.client.create_dataset("production", exists_ok=True)
+    with pytest.raises(ValueError, match=r"the dataset production exists with the labels .*: it is not ours"):
+        bigquery.Warehouse(loaded._server, "embedded", "bucket", "production", "US")
+    bigquery.Warehouse(loaded._server, "embedded", "bucket", bigquery.DATASET, "US")  # ours again: welcome
+
+
+@pytest.mark.parametrize("name", ["a.b.c; DROP TABLE x", "p.d.`t`", "p..t"])
 def test_a_table_name_is_checked_before_it_meets_sql(loaded, name):
+    table = RatingTables(name, RATINGS_SCHEMA.empty_table(), ITEMS_SCHEMA.empty_table(), "seconds", table=name)
     with pytest.raises(ValueError, match=r"not a BigQuery table name; expected project\.dataset\.table"):
-        loaded.load(name)
+        loaded.load(table)
 
 
-def test_a_missing_column_is_named(loaded):
-    loaded.query("CREATE OR REPLACE TABLE narrow AS SELECT user_id, item_id, timestamp FROM ratings")
-    with pytest.raises(
-        ValueError, match=r"embedded\.recsys\.narrow has no column 'rating'; it has user_id, item_id, timestamp"
-    ):
-        loaded.load("embedded.recsys.narrow")
+@pytest.mark.parametrize(
+    ("sql", "says"),
+    [
+        ("SELECT user_id, item_id, timestamp FROM ratings", "column 'rating' is missing, expected FLOAT64 or"),
+        (
+            "SELECT CAST(user_id AS STRING) AS user_id, item_id, rating, timestamp FROM ratings",
+            "column 'user_id' is STRING, expected INT64; the table has user_id, item_id, rating, timestamp",
+        ),
+        (
+            "SELECT NULLIF(user_id, 1) AS user_id, item_id, "
+            "IF(item_id = 40, CAST('nan' AS FLOAT64), rating) AS rating, timestamp FROM ratings",
+            "other: 3 rows with null user_id, 1 rows with not finite_rating; expected none",
+        ),
+        ("SELECT * FROM ratings WHERE FALSE", "other has 0 ratings; there is nothing to train on"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(loaded, theirs, sql, says):
+    theirs(sql)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        loaded.load(in_place("other"))
 
 
-def test_nulls_and_nan_in_a_table_are_counted(loaded):
-    loaded.query(
-        "CREATE OR REPLACE TABLE bad AS SELECT NULLIF(user_id, 1) AS user_id, item_id, "
-        "IF(item_id = 40, CAST('nan' AS FLOAT64), rating) AS rating, timestamp FROM ratings"
-    )
-    with pytest.raises(
-        ValueError, match=r"bad: 3 rows with null user_id, 1 rows with not finite_rating; expected none"
-    ):
-        loaded.load("embedded.recsys.bad")
-
-
-def test_an_empty_table_is_refused(loaded):
-    loaded.query("CREATE OR REPLACE TABLE nothing AS SELECT * FROM ratings WHERE FALSE")
-    with pytest.raises(ValueError, match=r"embedded\.recsys\.nothing has 0 ratings; there is nothing to train on"):
-        loaded.load("embedded.recsys.nothing")
+def test_no_rows_are_not_loaded():
     empty = RatingTables("empty", RATINGS_SCHEMA.empty_table(), small_tables().items, "seconds")
-    with pytest.raises(ValueError, match="'ratings' has 0 rows"):
-        loaded.load(empty)
+    with bigquery.connect() as fresh, pytest.raises(ValueError, match="'ratings' has 0 rows"):
+        fresh.load(empty)
+
+
+@pytest.mark.parametrize(
+    ("how", "time", "says"),
+    [
+        ("tempral", "seconds", "SPLIT='tempral' is not a split; expected one of auto, temporal, leave-one-out"),
+        ("temporal", "order", "SPLIT='temporal' needs timestamps in seconds"),
+        ("auto", "none", "these ratings have neither a clock nor an order"),
+        ("leave-one-out", "none", "these ratings have neither a clock nor an order"),
+    ],
+)
+def test_a_split_that_the_timestamps_cannot_carry_is_refused(how, time, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        splits.split(None, how, time)
+
+
+@pytest.mark.parametrize(
+    ("how", "time", "file"),
+    [
+        ("auto", "seconds", "temporal_split.sql"),
+        ("auto", "order", "leave_last_out.sql"),
+        ("temporal", "seconds", "temporal_split.sql"),
+        ("leave-one-out", "seconds", "leave_last_out.sql"),
+    ],
+)
+def test_auto_splits_by_time_where_there_is_one(loaded, how, time, file):
+    assert splits.split(loaded, how, time) == file
+    assert loaded.count("split_ratings") == 10
 
 
 def test_no_row_for_a_shard_export_is_an_error(loaded):

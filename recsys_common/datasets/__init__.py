@@ -48,6 +48,7 @@ class RatingTables:
       items: rows of `ITEMS_SCHEMA`.
       time: what `timestamp` means: "seconds" since 1970, "order" within a user, or "none".
       truth: what only a simulator knows (`simulated.Truth`), None for real ratings.
+      table: `project.dataset.table` of a BigQuery table that is read in place; `ratings` and `items` are empty then.
     """
 
     name: str
@@ -55,16 +56,17 @@ class RatingTables:
     items: pa.Table
     time: Literal["seconds", "order", "none"]
     truth: object | None = None
+    table: str = ""
 
 
 def load(
     name: str, data_dir: str = "data", *, rows: int = 100_000, seed: int = 1, duplicates: str = "error"
-) -> RatingTables | str:
+) -> RatingTables:
     """Read, download or simulate a data set.
 
     Args:
       name: "simulated", "sample" (the committed one), "netflix", a key of `movielens.NAMES`, or a BigQuery table
-        `project.dataset.table`, whose name is returned as it is: `bigquery.Warehouse.load` reads it in place.
+        `project.dataset.table` with timestamps in seconds: `bigquery.Warehouse.load` reads it in place.
       data_dir: where the folders of real data sets lie, or are downloaded to.
       rows: ratings to simulate.
       seed: of the simulation.
@@ -77,7 +79,7 @@ def load(
     from . import movielens, netflix, simulated
 
     if name.count(".") == 2:
-        return name
+        return RatingTables(name, RATINGS_SCHEMA.empty_table(), ITEMS_SCHEMA.empty_table(), "seconds", table=name)
     if name == "simulated":
         return simulated.load(rows, seed)
     if name == "sample":

@@ -3,7 +3,7 @@
 -- split is the same on every run.
 -- parameter holdout: INT64  rows held out for each user, for test and again for validation
 -- reads ratings; writes split_ratings
-CREATE OR REPLACE TABLE split_ratings AS
+CREATE OR REPLACE TABLE split_ratings CLUSTER BY user_id AS
 WITH numbered AS (
   SELECT
     user_id,

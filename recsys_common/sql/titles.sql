@@ -1,7 +1,10 @@
 -- Which titles have these rows of the item table?
 -- parameter item_indices: ARRAY<INT64>
 -- reads item_vocabulary, items
-SELECT item_vocabulary.item_index, items.title, ARRAY_TO_STRING(items.genres, ', ') AS genres
-FROM item_vocabulary
-JOIN items USING (item_id)
-WHERE item_vocabulary.item_index IN UNNEST(@item_indices);
+SELECT
+  vocabulary.item_index,
+  COALESCE(items.title, CONCAT('item ', CAST(vocabulary.item_id AS STRING))) AS title,
+  ARRAY_TO_STRING(items.genres, ', ') AS genres
+FROM item_vocabulary AS vocabulary
+LEFT JOIN items ON items.item_id = vocabulary.item_id
+WHERE vocabulary.item_index IN UNNEST(@item_indices);
