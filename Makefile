@@ -70,8 +70,10 @@ clean:  ## remove what runs and builds left (.venv and data/ stay)
 	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find chapters recsys_common tests tools -name __pycache__ -prune -exec rm -rf {} +
 
-clean-cloud:  ## remove what full runs left in Google Cloud
-	@echo "Nothing to remove: no chapter has written to Google Cloud from here."
+clean-cloud:  ## how to remove what full runs left in Google Cloud
+	@echo "Nothing is removed by itself yet. A full run writes one dataset, labelled made-by:recsys-common, and one folder:"
+	@echo "  bq rm -r -d PROJECT:recsys_common"
+	@echo "  gcloud storage rm -r gs://BUCKET/chapter-1"
 
 # Nothing is installed twice, and an install that was cut short is not taken for whole: the file comes last.
 .venv/installed: requirements.txt pyproject.toml

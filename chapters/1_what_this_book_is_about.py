@@ -69,6 +69,7 @@ from recsys_common import (
     datasets,
     evaluation,
     input_pipeline,
+    ratings_table,
     record_batches,
     saving,
     scale,
@@ -90,7 +91,7 @@ tf.__version__
 #
 # ```python
 # tables = datasets.load(DATASET, DATA_DIR, rows=rows, seed=SEED)
-# warehouse.load(tables, ITEMS_TABLE)
+# ratings_table.load(warehouse, tables, ITEMS_TABLE)
 # made_by = splits.split(warehouse, SPLIT, tables.time)
 # warehouse.run("vocabularies.sql")
 # warehouse.run("examples.sql", shards=num_files)
@@ -126,7 +127,7 @@ tables.ratings.slice(0, 5).to_pandas()
 
 # %%
 warehouse = bigquery.connect(PROJECT, BUCKET, location=LOCATION)
-warehouse.load(tables, ITEMS_TABLE)
+ratings_table.load(warehouse, tables, ITEMS_TABLE)
 loaded = warehouse.count("ratings")
 loaded
 

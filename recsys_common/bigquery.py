@@ -1,7 +1,6 @@
 """How do I ask BigQuery? One client and the same SQL, on this laptop or on Google Cloud.
 
     with connect() as warehouse:                        # embedded; connect("my-project", "my-bucket") is the real one
-        warehouse.load(tables)                          # Arrow tables, or the name of a table that exists
         warehouse.run("temporal_split.sql", train_fraction=0.8)
         warehouse.query("SELECT COUNT(*) AS n FROM ratings")
         for shard in warehouse.shards("examples", {"split": "train"}): ...
@@ -9,13 +8,12 @@
 SQL lives in `sql/*.sql`, names its tables without project or dataset, and takes values only as query parameters.
 Nothing here imports TensorFlow.
 
-Needs: embedded_bigquery.py scale.py sql/ (the latter for the names given to `run`; `make rehearse` also datasets/)
+Needs: embedded_bigquery.py scale.py sql/ (the latter for the names given to `run`)
 """
 
 from __future__ import annotations
 
 import atexit
-import io
 import re
 import tempfile
 from collections.abc import Iterator
@@ -23,31 +21,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from recsys_common.embedded_bigquery import EmbeddedBigQuery
 from recsys_common.scale import rehearsing
 
 SQL_FOLDER = Path(__file__).parent / "sql"
-TABLE_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9-]*(:[A-Za-z0-9-]+)?\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
 # Storage Read sessions offer as many streams as the service thinks useful; more than this only adds round trips.
 STREAMS = 8
+# BigQuery refuses a query that would scan more than this.
+MAXIMUM_BYTES_BILLED = 10 * 1024**4
 # The tables of a run are replaced without asking, so they live in a dataset of their own, which says so by its label.
 DATASET = "recsys_common"
 LABEL = {"made-by": "recsys-common"}
-# The columns of a table that is read in place, with the types that they may have.
-SOURCES = {
-    "ratings": {
-        "user_id": ["INT64"],
-        "item_id": ["INT64"],
-        "rating": ["FLOAT64", "INT64", "NUMERIC"],
-        "timestamp": ["TIMESTAMP", "INT64"],
-    },
-    "items": {"item_id": ["INT64"], "title": ["STRING"], "genres": ["STRING REPEATED"]},
-}
-# BigQuery refuses a query that would scan more than this.
-REHEARSAL_ROWS = 20_000
-MAXIMUM_BYTES_BILLED = 10 * 1024**4
 
 
 def connect(project: str = "", bucket: str = "", dataset: str = DATASET, location: str = "US") -> Warehouse:
@@ -67,23 +52,7 @@ def connect(project: str = "", bucket: str = "", dataset: str = DATASET, locatio
     # Started first: it comes up while the client library is imported.
     embedded = not project or rehearsing()
     server = EmbeddedBigQuery(tempfile.mkdtemp(prefix="recsys-bigquery-")) if embedded else None
-    warehouse = Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
-    if rehearsing():
-        _stage(warehouse)
-    return warehouse
-
-
-def _stage(warehouse: Warehouse) -> None:
-    """For a rehearsal: the tables that a reader would bring, `shop.ratings` with a TIMESTAMP and `shop.items`."""
-    from recsys_common.datasets import simulated
-
-    tables = simulated.load(REHEARSAL_ROWS)
-    shop = Warehouse(warehouse._server, warehouse.project, "", "shop", "US")
-    shop._upload("ratings", tables.ratings)
-    shop._upload("items", tables.items)
-    shop.query(
-        "CREATE OR REPLACE TABLE ratings AS SELECT * REPLACE (TIMESTAMP_SECONDS(timestamp) AS timestamp) FROM ratings"
-    )
+    return Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
 
 
 class Warehouse:
@@ -99,7 +68,7 @@ class Warehouse:
 
         self.embedded = server is not None
         self.project, self.dataset, self.storage = project, dataset, f"gs://{bucket}"
-        self._server = server
+        self.server = server
         options = {"default_query_job_config": bigquery.QueryJobConfig(default_dataset=f"{project}.{dataset}")}
         if server is None:
             options["default_query_job_config"].maximum_bytes_billed = MAXIMUM_BYTES_BILLED
@@ -125,15 +94,15 @@ class Warehouse:
         from google.api_core.exceptions import NotFound
 
         try:
-            found = self.client.get_dataset(dataset.reference, retry=self._retry()).labels
+            found = self.client.get_dataset(dataset.reference, retry=self.retry()).labels
         except NotFound:
             dataset.labels, dataset.location = LABEL, location
-            self.client.create_dataset(dataset, retry=self._retry(), timeout=60)
+            self.client.create_dataset(dataset, retry=self.retry(), timeout=60)
             return
         if not LABEL.items() <= found.items():
             raise ValueError(
-                f"the dataset {dataset.dataset_id} exists with the labels {found}, expected {LABEL}: it is not ours, and "
-                "tables in it would be replaced. Name another one: connect(..., dataset='mine')."
+                f"the dataset {dataset.dataset_id} exists with the labels {found}, expected {LABEL}: it is not ours, "
+                "and tables in it would be replaced. Name another one: connect(..., dataset='mine')."
             )
 
     def __enter__(self) -> Warehouse:
@@ -145,108 +114,17 @@ class Warehouse:
     def close(self) -> None:
         """Release the connection; an embedded service stops and its tables and files are gone."""
         self.client.close()
-        if self._server is not None:
+        if self.server is not None:
             self._channel.close()
-            self._server.stop()
+            self.server.stop()
             atexit.unregister(self.close)
 
-    def _retry(self):
+    def retry(self):
+        """How often a call is tried again."""
         from google.cloud.bigquery.retry import DEFAULT_RETRY
 
         # The embedded service has no bad minutes to wait out: what fails there fails again for ten minutes.
         return DEFAULT_RETRY.with_timeout(10) if self.embedded else DEFAULT_RETRY
-
-    def load(self, tables, items_table: str = "") -> None:
-        """Make `ratings` and `items` exist in this dataset.
-
-        Args:
-          tables: `datasets.RatingTables`. If it names a BigQuery table, that one is read through a view and nothing is
-            copied; it must have the columns user_id, item_id, rating, timestamp (INT64, INT64, FLOAT64, TIMESTAMP or
-            INT64 seconds). Whether a pair occurs twice in it is not checked: that would cost a pass with a shuffle.
-          items_table: with a table name, the table of item_id, title, genres; "" for none.
-
-        Raises:
-          ValueError: an ill-formed table name, a missing column, an empty table, nulls, NaN or negative ids;
-            the message counts them.
-        """
-        if tables.table:
-            self._view("ratings", tables.table)
-            if items_table:
-                self._view("items", items_table)
-            else:
-                self._drop("items")
-                self.query("CREATE TABLE items (item_id INT64, title STRING, genres ARRAY<STRING>)")
-            self.check(tables.table)
-        else:
-            self._upload("ratings", tables.ratings)
-            self._upload("items", tables.items)
-            self.check(tables.name)
-
-    def _view(self, name: str, table: str) -> None:
-        if not TABLE_NAME.match(table):
-            raise ValueError(f"{table!r} is not a BigQuery table name; expected project.dataset.table")
-        if table.replace(":", ".").split(".")[-2] == self.dataset:
-            raise ValueError(f"{table} lies in {self.dataset}, where tables are replaced. Copy it elsewhere.")
-        names = {"INTEGER": "INT64", "FLOAT": "FLOAT64"}  # the API's old names
-        types = {
-            f.name: names.get(f.field_type, f.field_type) + " REPEATED" * (f.mode == "REPEATED")
-            for f in self.client.get_table(table).schema
-        }
-        for column, wanted in SOURCES[name].items():
-            if types.get(column) not in wanted:
-                raise ValueError(
-                    f"{table}: column {column!r} is {types.get(column, 'missing')}, expected {' or '.join(wanted)}; the "
-                    f"table has {', '.join(types)}. Make a view that renames or casts, and give its name instead."
-                )
-        columns = ["UNIX_SECONDS(timestamp) AS timestamp" if types[c] == "TIMESTAMP" else c for c in SOURCES[name]]
-        self._drop(name)
-        self.query(f"CREATE VIEW {name} AS SELECT {', '.join(columns)} FROM `{table}`")
-
-    def _drop(self, name: str) -> None:
-        from google.api_core.exceptions import NotFound
-
-        try:
-            kind = self.client.get_table(f"{self.project}.{self.dataset}.{name}", retry=self._retry()).table_type
-        except NotFound:
-            return
-        self.query(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} {_plain(name)}")
-
-    def _upload(self, name: str, table: pa.Table) -> None:
-        from google.cloud import bigquery
-
-        if table.num_rows == 0:
-            raise ValueError(
-                f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from."
-            )
-        file = io.BytesIO()
-        pq.write_table(table, file)
-        file.seek(0)
-        target = f"{self.project}.{self.dataset}.{name}"
-        self._drop(name)
-        # The embedded service loads only into a table that exists.
-        self.client.create_table(bigquery.Table(target, schema=_bigquery_schema(table.schema)), retry=self._retry())
-        config = bigquery.LoadJobConfig(source_format="PARQUET")
-        config.parquet_options = bigquery.ParquetOptions()
-        config.parquet_options.enable_list_inference = True
-        job = self.client.load_table_from_file(file, target, job_config=config)
-        job.result(retry=self._retry(), timeout=3600)
-        if (found := self.count(name)) != table.num_rows:
-            raise RuntimeError(
-                f"table {name!r} has {found:,} rows, expected {table.num_rows:,}: rows were lost or "
-                "doubled on the way. Load it again; if it stays so, report it with what `make doctor` prints."
-            )
-
-    def check(self, source: str) -> None:
-        """Scan `ratings` once for what would spoil training; `source` is the name to use in the message."""
-        row = self.run("check_ratings.sql").to_pylist()[0]
-        if row.pop("rows") == 0:
-            raise ValueError(f"{source} has 0 ratings; there is nothing to train on. Check the table or its filter.")
-        found = [f"{count:,} rows with {what.replace('_', ' ', 1)}" for what, count in row.items() if count]
-        if found:
-            raise ValueError(
-                f"{source}: {', '.join(found)}; expected none. Find them with SELECT ... WHERE, mend or drop them in a "
-                "view, and give the view's name instead."
-            )
 
     def run(self, file: str, **parameters: int | float | str | list[int]) -> pa.Table:
         """Run one of `sql/*.sql`; its `@name`s are filled from `parameters`. Returns the last statement's rows."""
@@ -275,12 +153,12 @@ class Warehouse:
                 for name, value in parameters.items()
             ]
         )
-        job = self.client.query(sql, job_config=config, retry=self._retry())
-        return job.result(retry=self._retry()).to_arrow(create_bqstorage_client=False)
+        job = self.client.query(sql, job_config=config, retry=self.retry())
+        return job.result(retry=self.retry()).to_arrow(create_bqstorage_client=False)
 
     def count(self, table: str) -> int:
         """Rows of a table of this dataset."""
-        return self.query(f"SELECT COUNT(*) AS n FROM {_plain(table)}")["n"][0].as_py()
+        return self.query(f"SELECT COUNT(*) AS n FROM {plain(table)}")["n"][0].as_py()
 
     def read(self, table: str, columns: list[str] | None = None, where: str = "") -> pa.Table:
         """Read a table through the Storage Read API: columns in Arrow, no SQL job, nothing parsed.
@@ -295,7 +173,7 @@ class Warehouse:
         session = self._reader.create_read_session(
             parent=f"projects/{self.project}",
             read_session=types.ReadSession(
-                table=f"projects/{self.project}/datasets/{self.dataset}/tables/{_plain(table)}",
+                table=f"projects/{self.project}/datasets/{self.dataset}/tables/{plain(table)}",
                 data_format=types.DataFormat.ARROW,
                 read_options=types.ReadSession.TableReadOptions(selected_fields=columns, row_restriction=where),
             ),
@@ -323,8 +201,8 @@ class Warehouse:
           ValueError: no row matches.
           RuntimeError: the rows read are not as many as the table has.
         """
-        condition = " AND ".join(f"{_plain(name)} = '{_plain(value)}'" for name, value in equal.items())
-        by_shard = f"SELECT shard, COUNT(*) AS n FROM {_plain(table)} WHERE {condition} GROUP BY shard ORDER BY shard"
+        condition = " AND ".join(f"{plain(name)} = '{plain(value)}'" for name, value in equal.items())
+        by_shard = f"SELECT shard, COUNT(*) AS n FROM {plain(table)} WHERE {condition} GROUP BY shard ORDER BY shard"
         counts = self.query(by_shard)
         if counts.num_rows == 0:
             raise ValueError(f"table {table!r} has no rows where {condition}; there is nothing to export")
@@ -341,25 +219,11 @@ class Warehouse:
         """The path at which this process can open a `gs://` address: itself, or the embedded service's folder."""
         if not self.embedded:
             return address
-        return str(self._server.root / "gcs" / address.removeprefix("gs://"))
+        return str(self.server.root / "gcs" / address.removeprefix("gs://"))
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """`name` if it is a plain identifier; SQL is never built from anything else."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"{name!r} is not a plain table or column name (letters, digits and _ only)")
     return name
-
-
-def _bigquery_schema(schema: pa.Schema) -> list:
-    """BigQuery's columns for an Arrow schema of int64, float32, string and lists of these."""
-    from google.cloud.bigquery import SchemaField
-
-    kinds = {pa.int64(): "INT64", pa.float32(): "FLOAT64", pa.float64(): "FLOAT64", pa.string(): "STRING"}
-    fields = []
-    for field in schema:
-        repeated = pa.types.is_list(field.type)
-        kind = kinds[field.type.value_type if repeated else field.type]
-        mode = "REPEATED" if repeated else "NULLABLE" if field.nullable else "REQUIRED"
-        fields.append(SchemaField(field.name, kind, mode))
-    return fields

@@ -98,7 +98,7 @@ def gpu() -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode:
         raise RuntimeError(f"nvidia-smi fails: {(done.stderr or done.stdout).strip()[:200]}; mend the driver")
-    return "; ".join(done.stdout.strip().splitlines())
+    return "; ".join(done.stdout.strip().splitlines()) + "; the locked TensorFlow runs on the CPU all the same"
 
 
 def tpu() -> str:

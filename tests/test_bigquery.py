@@ -15,8 +15,9 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from recsys_common import bigquery, datasets, splits
+from recsys_common import bigquery, datasets, ratings_table, splits
 from recsys_common.datasets import ITEMS_SCHEMA, RATINGS_SCHEMA, RatingTables
+from recsys_common.ratings_table import load
 
 
 def ratings(rows: list[tuple]) -> pa.Table:
@@ -44,7 +45,7 @@ def warehouse():
 
 @pytest.fixture
 def loaded(warehouse):
-    warehouse.load(small_tables())
+    load(warehouse, small_tables())
     return warehouse
 
 
@@ -61,14 +62,14 @@ def test_load_gives_the_same_rows_back(loaded):
 
 
 def test_loading_again_replaces(loaded):
-    loaded.load(small_tables())
+    load(loaded, small_tables())
     assert loaded.count("ratings") == 10
 
 
 def test_ids_at_the_edge_of_int64_survive(warehouse):
     edge = 2**63 - 1
     tables = small_tables()
-    warehouse.load(RatingTables("edge", ratings([(edge, 10, 0.5, 0), (0, 20, 5.0, edge)]), tables.items, "seconds"))
+    load(warehouse, RatingTables("edge", ratings([(edge, 10, 0.5, 0), (0, 20, 5.0, edge)]), tables.items, "seconds"))
     assert rows_of(warehouse.read("ratings")) == [(0, 20, 5.0, edge), (edge, 10, 0.5, 0)]
 
 
@@ -92,7 +93,7 @@ def test_leave_one_out_holds_out_the_last_and_the_last_but_one(loaded):
 def test_leave_one_out_breaks_equal_times_by_item(warehouse):
     tables = small_tables()
     same_time = ratings([(1, item, 3.0, 5) for item in (20, 40, 10, 30)])
-    warehouse.load(RatingTables("ties", same_time, tables.items, "seconds"))
+    load(warehouse, RatingTables("ties", same_time, tables.items, "seconds"))
     warehouse.run("leave_last_out.sql", holdout=1)
     assert rows_of(warehouse.query("SELECT item_id FROM split_ratings WHERE split = 'test'")) == [(40,)]
 
@@ -109,7 +110,7 @@ def test_vocabularies_number_training_ids_by_frequency(loaded):
 
 def test_examples_keep_every_row_once_and_spread_them(warehouse):
     tables = datasets.load("simulated", rows=20_000)
-    warehouse.load(tables)
+    load(warehouse, tables)
     warehouse.run("temporal_split.sql", train_fraction=0.8)
     warehouse.run("vocabularies.sql")
     warehouse.run("examples.sql", shards=8)
@@ -159,16 +160,16 @@ def in_place(name: str) -> RatingTables:
 
 def test_an_existing_table_is_read_in_place(loaded, theirs):
     before = rows_of(loaded.query("SELECT * FROM ratings"))
-    loaded.load(in_place("ratings"))
+    load(loaded, in_place("ratings"))
     assert rows_of(loaded.query("SELECT * FROM ratings")) == before
     assert loaded.count("items") == 0
-    loaded.load(small_tables())  # and a table in the place of the view again
+    load(loaded, small_tables())  # and a table in the place of the view again
     assert rows_of(loaded.query("SELECT * FROM ratings")) == before
     assert loaded.query("SELECT COUNT(*) AS n FROM shop.ratings")["n"][0].as_py() == 10
 
 
 def test_items_without_a_title_are_shown_by_number(loaded, theirs):
-    loaded.load(in_place("ratings"))
+    load(loaded, in_place("ratings"))
     loaded.run("temporal_split.sql", train_fraction=0.8)
     loaded.run("vocabularies.sql")
     titles = loaded.run("titles.sql", item_indices=[1, 2]).to_pylist()
@@ -179,22 +180,22 @@ def test_items_without_a_title_are_shown_by_number(loaded, theirs):
 def test_a_source_in_the_working_dataset_is_refused_and_kept(loaded):
     loaded.query("CREATE OR REPLACE TABLE mine AS SELECT * FROM ratings")
     with pytest.raises(ValueError, match="lies in recsys_common, where tables are replaced"):
-        loaded.load(datasets.load("embedded.recsys_common.mine"))
+        load(loaded, datasets.load("embedded.recsys_common.mine"))
     assert loaded.count("mine") == loaded.count("ratings") == 10
 
 
 def test_a_dataset_that_is_not_ours_is_refused(loaded):
     loaded.client.create_dataset("production", exists_ok=True)
     with pytest.raises(ValueError, match=r"the dataset production exists with the labels .*: it is not ours"):
-        bigquery.Warehouse(loaded._server, "embedded", "bucket", "production", "US")
-    bigquery.Warehouse(loaded._server, "embedded", "bucket", bigquery.DATASET, "US")  # ours again: welcome
+        bigquery.Warehouse(loaded.server, "embedded", "bucket", "production", "US")
+    bigquery.Warehouse(loaded.server, "embedded", "bucket", bigquery.DATASET, "US")  # ours again: welcome
 
 
 @pytest.mark.parametrize("name", ["a.b.c; DROP TABLE x", "p.d.`t`", "p..t"])
 def test_a_table_name_is_checked_before_it_meets_sql(loaded, name):
     table = RatingTables(name, RATINGS_SCHEMA.empty_table(), ITEMS_SCHEMA.empty_table(), "seconds", table=name)
     with pytest.raises(ValueError, match=r"not a BigQuery table name; expected project\.dataset\.table"):
-        loaded.load(table)
+        load(loaded, table)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +217,13 @@ def test_a_table_name_is_checked_before_it_meets_sql(loaded, name):
 def test_what_is_wrong_with_a_table_is_said(loaded, theirs, sql, says):
     theirs(sql)
     with pytest.raises(ValueError, match=re.escape(says)):
-        loaded.load(in_place("other"))
+        load(loaded, in_place("other"))
 
 
 def test_no_rows_are_not_loaded():
     empty = RatingTables("empty", RATINGS_SCHEMA.empty_table(), small_tables().items, "seconds")
     with bigquery.connect() as fresh, pytest.raises(ValueError, match="'ratings' has 0 rows"):
-        fresh.load(empty)
+        load(fresh, empty)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_ports_that_are_in_use_do_not_matter():
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         taken = {one.getsockname()[1], two.getsockname()[1]}
         with bigquery.connect() as warehouse:
-            ours = {int(address.rsplit(":", 1)[1]) for address in (warehouse._server.rest, warehouse._server.grpc)}
+            ours = {int(address.rsplit(":", 1)[1]) for address in (warehouse.server.rest, warehouse.server.grpc)}
             assert len(ours) == 2 and not ours & taken
 
 
@@ -294,7 +295,7 @@ def test_a_killed_parent_leaves_no_server_and_no_files(how):
         import sys
         from recsys_common import bigquery
         warehouse = bigquery.connect()
-        print(warehouse._server.pid, warehouse._server.root, flush=True)
+        print(warehouse.server.pid, warehouse.server.root, flush=True)
         sys.stdin.read()
     """
     parent = subprocess.Popen(
@@ -322,8 +323,8 @@ def test_a_rehearsal_finds_the_tables_that_a_reader_would_bring(monkeypatch):
     given = scale.REHEARSAL
     with bigquery.connect(given["PROJECT"], given["BUCKET"]) as warehouse:
         assert warehouse.embedded and warehouse.storage == "gs://rehearsal-bucket"
-        warehouse.load(datasets.load(given["DATASET"]), given["ITEMS_TABLE"])
-        assert warehouse.count("ratings") == bigquery.REHEARSAL_ROWS
+        load(warehouse, datasets.load(given["DATASET"]), given["ITEMS_TABLE"])
+        assert warehouse.count("ratings") == ratings_table.REHEARSAL_ROWS
         assert warehouse.query("SELECT COUNT(*) AS n FROM ratings JOIN items USING (item_id)")["n"][0].as_py() == 20_000
         times = warehouse.query("SELECT MIN(timestamp) AS first, MAX(timestamp) AS last FROM ratings").to_pylist()[0]
         assert 1_577_836_800 <= times["first"] < times["last"] < 1_577_836_800 + 1461 * 86_400  # TIMESTAMP to seconds

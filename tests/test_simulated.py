@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_sample
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -267,7 +268,7 @@ def test_new_items_rise_and_old_ones_fall(tables, columns):
 
 
 def test_the_committed_sample_is_what_the_command_writes(tmp_path):
-    command = [sys.executable, "-m", "recsys_common.datasets.simulated", "--rows", "16000", "--out", tmp_path]
+    command = [sys.executable, make_sample.__file__, "--rows", "16000", "--out", tmp_path]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["movies.csv", "ratings.csv"]
@@ -280,9 +281,9 @@ def test_the_committed_sample_is_what_the_command_writes(tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_file_that_was_there(tmp_path):
-    simulated.write_csv(tmp_path, rows=1000)
+    make_sample.write_csv(tmp_path, rows=1000)
     before = (tmp_path / "ratings.csv").read_bytes()
     (tmp_path / "ratings.csv.partial").mkdir()  # nothing can be written there
     with pytest.raises(IsADirectoryError, match=r"ratings\.csv\.partial"):
-        simulated.write_csv(tmp_path, rows=2000)
+        make_sample.write_csv(tmp_path, rows=2000)
     assert (tmp_path / "ratings.csv").read_bytes() == before

@@ -2,7 +2,6 @@
 
     tables = simulated.load(rows=100_000, seed=1)                    # RatingTables; tables.truth is the Truth below
     for table in simulated.stream(rows=100_000_000): ...             # the same model, 4,096 users at a time
-    python -m recsys_common.datasets.simulated --rows 16000 --out data/sample     # writes the committed sample
 
 Every item has a home among 18 taste groups and a weaker place in another; popularity is long-tailed. A user has a
 taste, which is a distribution over the groups. Tastes and popularity drift: at time t, from 0 at the start to 1 at
@@ -24,12 +23,9 @@ Needs: __init__.py simulated_items.py
 
 from __future__ import annotations
 
-import argparse
-import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -281,29 +277,3 @@ def _known(name: str, ids: np.ndarray, low: int, high: int) -> np.ndarray:
     if ids.size and not low <= ids.min() <= ids.max() <= high:
         raise ValueError(f"{name} run from {ids.min()} to {ids.max()}, expected {low} to {high}")
     return ids
-
-
-def write_csv(folder: str | Path, rows: int, seed: int = 1) -> None:
-    """Write ratings.csv and movies.csv into `folder`, in the format of MovieLens latest-small."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    movies = ([i["item_id"], i["title"], "|".join(i["genres"])] for i in item_table(rows, seed).to_pylist())
-    ratings = (row for table in stream(rows, seed) for row in zip(*table.to_pydict().values(), strict=True))
-    _write(Path(folder, "movies.csv"), "movieId,title,genres", movies)
-    _write(Path(folder, "ratings.csv"), "userId,movieId,rating,timestamp", ratings)
-
-
-def _write(path: Path, header: str, lines: Iterable) -> None:
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        file.write(header + "\n")
-        csv.writer(file, lineterminator="\n").writerows(lines)
-    beside.replace(path)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write simulated ratings as MovieLens CSV files.")
-    parser.add_argument("--rows", type=int, default=100_000, help="ratings in all, 1,000 or more (default: 100000)")
-    parser.add_argument("--seed", type=int, default=1, help="another seed is another world (default: 1)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for ratings.csv and movies.csv")
-    arguments = parser.parse_args()
-    write_csv(arguments.out, arguments.rows, arguments.seed)

@@ -1,0 +1,145 @@
+"""How do ratings become tables of the warehouse?
+
+    load(warehouse, datasets.load("ml-1m", "data"))               # uploaded, counted, checked
+    load(warehouse, datasets.load("project.dataset.ratings"))     # read where it is, through a view; checked
+
+Needs: bigquery.py embedded_bigquery.py scale.py datasets/ sql/
+"""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys_common.bigquery import Warehouse, plain
+from recsys_common.datasets import RatingTables
+from recsys_common.scale import TABLE, rehearsing
+
+TABLES = {
+    "ratings": "CREATE TABLE ratings (user_id INT64, item_id INT64, rating FLOAT64, timestamp INT64)",
+    "items": "CREATE TABLE items (item_id INT64, title STRING, genres ARRAY<STRING>)",
+}
+# The columns of a table that is read in place, with the types that they may have.
+SOURCES = {
+    "ratings": {
+        "user_id": ["INT64"],
+        "item_id": ["INT64"],
+        "rating": ["FLOAT64", "INT64", "NUMERIC"],
+        "timestamp": ["TIMESTAMP", "INT64"],
+    },
+    "items": {"item_id": ["INT64"], "title": ["STRING"], "genres": ["STRING REPEATED"]},
+}
+REHEARSAL_ROWS = 20_000
+
+
+def load(warehouse: Warehouse, tables: RatingTables, items_table: str = "") -> None:
+    """Make `ratings` and `items` exist in the warehouse's dataset.
+
+    Args:
+      tables: `datasets.RatingTables`. If it names a BigQuery table, that one is read through a view and nothing is
+        copied; it must have the columns user_id, item_id, rating, timestamp (INT64, INT64, FLOAT64, TIMESTAMP or
+        INT64 seconds). Whether a pair occurs twice in it is not checked: that would cost a pass with a shuffle.
+      items_table: with a table name, the table of item_id, title, genres; "" for none.
+
+    Raises:
+      ValueError: an ill-formed table name, a missing column, an empty table, nulls, NaN or negative ids;
+        the message counts them.
+    """
+    if rehearsing():
+        _stage(warehouse)
+    if tables.table:
+        _view(warehouse, "ratings", tables.table)
+        if items_table:
+            _view(warehouse, "items", items_table)
+        else:
+            _drop(warehouse, "items")
+            warehouse.query(TABLES["items"])
+        check(warehouse, tables.table)
+    else:
+        _upload(warehouse, "ratings", tables.ratings)
+        _upload(warehouse, "items", tables.items)
+        check(warehouse, tables.name)
+
+
+def _view(warehouse: Warehouse, name: str, table: str) -> None:
+    if not TABLE.match(table):
+        raise ValueError(f"{table!r} is not a BigQuery table name; expected project.dataset.table")
+    if table.replace(":", ".").split(".")[-2] == warehouse.dataset:
+        raise ValueError(f"{table} lies in {warehouse.dataset}, where tables are replaced. Copy it elsewhere.")
+    names = {"INTEGER": "INT64", "FLOAT": "FLOAT64"}  # the API's old names
+    types = {
+        f.name: names.get(f.field_type, f.field_type) + " REPEATED" * (f.mode == "REPEATED")
+        for f in warehouse.client.get_table(table).schema
+    }
+    for column, wanted in SOURCES[name].items():
+        if types.get(column) not in wanted:
+            raise ValueError(
+                f"{table}: column {column!r} is {types.get(column, 'missing')}, expected {' or '.join(wanted)}; the "
+                f"table has {', '.join(types)}. Make a view that renames or casts, and give its name instead."
+            )
+    columns = ["UNIX_SECONDS(timestamp) AS timestamp" if types[c] == "TIMESTAMP" else c for c in SOURCES[name]]
+    _drop(warehouse, name)
+    warehouse.query(f"CREATE VIEW {name} AS SELECT {', '.join(columns)} FROM `{table}`")
+
+
+def _drop(warehouse: Warehouse, name: str) -> None:
+    from google.api_core.exceptions import NotFound
+
+    try:
+        kind = warehouse.client.get_table(
+            f"{warehouse.project}.{warehouse.dataset}.{name}", retry=warehouse.retry()
+        ).table_type
+    except NotFound:
+        return
+    warehouse.query(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} {plain(name)}")
+
+
+def _upload(warehouse: Warehouse, name: str, table: pa.Table) -> None:
+    from google.cloud import bigquery
+
+    if table.num_rows == 0:
+        raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    file.seek(0)
+    target = f"{warehouse.project}.{warehouse.dataset}.{name}"
+    _drop(warehouse, name)
+    warehouse.query(TABLES[name])  # the embedded service loads only into a table that exists
+    config = bigquery.LoadJobConfig(source_format="PARQUET")
+    config.parquet_options = bigquery.ParquetOptions()
+    config.parquet_options.enable_list_inference = True
+    job = warehouse.client.load_table_from_file(file, target, job_config=config)
+    job.result(retry=warehouse.retry(), timeout=3600)
+    if (found := warehouse.count(name)) != table.num_rows:
+        raise RuntimeError(
+            f"table {name!r} has {found:,} rows, expected {table.num_rows:,}: rows were lost or "
+            "doubled on the way. Load it again; if it stays so, report it with what `make doctor` prints."
+        )
+
+
+def check(warehouse: Warehouse, source: str) -> None:
+    """Scan `ratings` once for what would spoil training; `source` is the name to use in the message."""
+    row = warehouse.run("check_ratings.sql").to_pylist()[0]
+    if row.pop("rows") == 0:
+        raise ValueError(f"{source} has 0 ratings; there is nothing to train on. Check the table or its filter.")
+    found = [f"{count:,} rows with {what.replace('_', ' ', 1)}" for what, count in row.items() if count]
+    if found:
+        raise ValueError(
+            f"{source}: {', '.join(found)}; expected none. Find them with SELECT ... WHERE, mend or drop them in a "
+            "view, and give the view's name instead."
+        )
+
+
+def _stage(warehouse: Warehouse) -> None:
+    """For a rehearsal: the tables that a reader would bring, `shop.ratings` with a TIMESTAMP and `shop.items`."""
+    from recsys_common.datasets import simulated
+
+    tables = simulated.load(REHEARSAL_ROWS)
+    shop = Warehouse(warehouse.server, warehouse.project, "", "shop", "US")
+    _upload(shop, "ratings", tables.ratings)
+    _upload(shop, "items", tables.items)
+    shop.query(
+        "CREATE OR REPLACE TABLE ratings AS SELECT * REPLACE (TIMESTAMP_SECONDS(timestamp) AS timestamp) FROM ratings"
+    )
