@@ -101,7 +101,7 @@ tf.__version__
 # model = MatrixFactorization(num_users, num_items, DIM, frequency, seed=SEED)
 # model.compile(optimizer=tf.keras.optimizers.Adagrad(LEARNING_RATE))
 # losses = training.fit(model, batches, EPOCHS, steps, BATCH_SIZE)
-# ranks, users, shown = evaluation.rank(model.scores, *asked, *seen, num_items, K)
+# ranks, ranked_users, shown = evaluation.rank(model.scores, *asked, *seen, num_items, K)
 # ```
 #
 # ## Ratings

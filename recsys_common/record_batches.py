@@ -32,7 +32,7 @@ import tensorflow as tf
 
 VERSION = 1
 MANIFEST = "manifest.json"
-# 8,192 rows of four narrow columns are about 200 kB: the cost of a record no longer matters, and 16 are a good shuffle.
+# 8,192 rows of four narrow columns are 200 kB: the cost of a record no longer matters, and 16 are a good shuffle.
 ROWS_PER_RECORD = 8192
 
 
@@ -103,8 +103,7 @@ class Manifest:
             content = json.loads(stream.read())
         if content.get("version") != VERSION:
             raise ValueError(
-                f"{path}: format version {content.get('version')!r}, expected {VERSION}. Export again with this "
-                "version of recsys_common, or read it with the version that wrote it."
+                f"{path}: format version {content.get('version')!r}, expected {VERSION}. Export again with this code."
             )
         content.pop("rows")
         columns = [Column(**column) for column in content.pop("columns")]
@@ -273,8 +272,9 @@ def _cast(values: np.ndarray, dtype: str, name: str, where: str) -> np.ndarray:
 def _order(table: pa.Table, seed: int) -> np.ndarray:
     """Row numbers in a random order that does not depend on the order of arrival."""
     flat = [name for name in table.column_names if not pa.types.is_list(table[name].type)]
-    by_value = pc.sort_indices(table.select(flat), [(name, "ascending") for name in flat]) if flat else None
-    order = by_value.to_numpy() if flat else np.arange(table.num_rows)
+    order = np.arange(table.num_rows)
+    if flat:
+        order = pc.sort_indices(table.select(flat), [(name, "ascending") for name in flat]).to_numpy()
     return order[np.random.default_rng(seed).permutation(table.num_rows)]
 
 
