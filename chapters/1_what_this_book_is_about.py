@@ -153,9 +153,8 @@ figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
 axis.loglog(np.arange(1, len(counts) + 1), counts)
 axis.set(xlabel="item, by popularity", ylabel="ratings", title="Ratings of each item")
 axis.grid(alpha=0.3)
-print(
-    f"the most popular tenth has {counts[: len(counts) // 10].sum() / counts.sum():.0%} of the ratings"
-)
+tenth = counts[: len(counts) // 10].sum() / counts.sum()
+print(f"the most popular tenth has {tenth:.0%} of the ratings")
 
 # %% [markdown]
 # ## Split by time, in SQL
@@ -201,9 +200,8 @@ folder = warehouse.local(f"{warehouse.storage}/chapter-1/train")
 columns = {"user_index": "int32", "item_index": "int32"}
 shards = warehouse.shards("examples", {"split": "train"}, list(columns))
 train = record_batches.write(folder, shards, columns, seed=SEED)
-print(
-    f"{train.rows:,} rows in {len(train.files)} files, {train.bytes / train.rows:.1f} bytes a row"
-)
+bytes_a_row = train.bytes / train.rows
+print(f"{train.rows:,} rows in {len(train.files)} files, {bytes_a_row:.1f} bytes a row")
 
 # %% [markdown]
 # A manifest, written last, names the files with their rows and hashes. The counts must agree at every step of the
@@ -265,14 +263,13 @@ warehouse.run("evaluation_pairs.sql", stride=stride)
 pairs = warehouse.read("evaluation_pairs").to_pandas()
 asked = pairs[pairs["asked"]][["user_index", "item_index"]].to_numpy().T
 seen = pairs[~pairs["asked"]][["user_index", "item_index"]].to_numpy().T
-print(
-    f"{asked.shape[1]:,} test ratings of {len(np.unique(asked[0])):,} people who were there before the cut"
-)
+number = len(np.unique(asked[0]))
+print(f"{asked.shape[1]:,} test ratings of {number:,} people who were there before the cut")
 
 # %% [markdown]
 # Below the model stand chance and popularity, the same list for everyone, which is the floor that a model must beat.
-# Above it, where ratings are simulated, stands the oracle that ranks by the true probabilities. It knows tastes that a
-# hundred ratings only hint at, so no model gets all the way there.
+# Above it, where ratings are simulated, stands what is best reachable: an oracle that ranks by the true probabilities.
+# It knows tastes that a hundred ratings only hint at, so no model gets all the way there.
 
 # %%
 dice = np.random.default_rng(SEED)
@@ -433,9 +430,8 @@ _ = axis.legend()
 # is zero. Adagrad in tf-keras updates the rows of the batch and no others. And Adam must keep the two means in memory:
 
 # %%
-print(
-    f"a hundred million rows of {DIM} floats and their two means: {3 * 100e6 * DIM * 4 / 1e9:.0f} GB"
-)
+gigabytes = 3 * 100e6 * DIM * 4 / 1e9
+print(f"a hundred million rows of {DIM} floats and their two means: {gigabytes:.0f} GB")
 
 # %% [markdown]
 # Chapter 4 keeps Adam *and* the flat line.
@@ -444,8 +440,8 @@ print(
 #
 # BigQuery's usual export is CSV. We export the same two columns so and read them in the ways that one meets in
 # projects: a generator that parses in Python, `decode_csv` on each line, and `decode_csv` on a whole batch of lines,
-# which is the first thing to mend. Beside them stand the record batches from above, and the rows that the model
-# itself could take.
+# which is the first thing to mend. Beside them stand the record batches from above, and the rows that training itself
+# takes.
 
 # %%
 csv = f"{warehouse.storage}/chapter-1/csv/part-*.csv"
@@ -482,7 +478,7 @@ figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
 bars = axis.barh(speed.index[::-1], speed["rows/s"][::-1])
 axis.bar_label(bars, fmt="{:,.0f}", padding=3)
 axis.set(xlabel="rows/s on this machine", title="The same rows, read four ways", xscale="log")
-axis.margins(x=0.2)
+axis.margins(x=0.3)
 
 # %% [markdown]
 # An input that delivers fewer rows a second than the model takes decides how long training lasts, and the faster the

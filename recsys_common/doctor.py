@@ -12,6 +12,7 @@ Needs: scale.py embedded_bigquery.py bigquery.py
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.metadata
 import os
 import platform
@@ -116,9 +117,10 @@ def embedded_bigquery() -> str:
     from recsys_common import bigquery
 
     start = time.perf_counter()
-    with bigquery.connect() as warehouse:
-        ready = time.perf_counter() - start
-        answer = warehouse.query("SELECT FARM_FINGERPRINT('a') AS h")["h"][0].as_py()
+    warehouse = bigquery.connect()
+    ready = time.perf_counter() - start
+    answer = warehouse.query("SELECT FARM_FINGERPRINT('a') AS h")["h"][0].as_py()
+    atexit.unregister(warehouse.close)  # the server stops by itself when this process ends; nobody need wait for it
     if answer != -5528939962900187677:
         raise RuntimeError(
             f"FARM_FINGERPRINT('a') is {answer}; the embedded BigQuery is broken, run `rm -rf .venv` and `make book`"

@@ -38,7 +38,7 @@ ROWS_PER_RECORD = 8192
 
 @dataclass(frozen=True)
 class Column:
-    """A column in the files: its name, NumPy dtype name, and whether each row holds a list of values."""
+    """A column: its name, its NumPy dtype's name, and whether each row holds a list of values."""
 
     name: str
     dtype: str
@@ -121,8 +121,7 @@ class Manifest:
         return manifest
 
     def _save(self) -> None:
-        content = asdict(self) | {"rows": self.rows}
-        del content["folder"]
+        content = {name: value for name, value in asdict(self).items() if name != "folder"} | {"rows": self.rows}
         path = os.path.join(self.folder, MANIFEST)
         with tf.io.gfile.GFile(path + ".writing", "w") as stream:
             stream.write(json.dumps(content, indent=1) + "\n")

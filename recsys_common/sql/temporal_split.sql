@@ -1,6 +1,6 @@
 -- Which ratings may the model see? Those before one moment in time, the same for everyone.
--- A random split would let it learn on Tuesday what it is asked about on Monday. APPROX_QUANTILES is approximate, so
--- the share is nearly, not exactly, the one asked for.
+-- A random split would let it learn on Tuesday what it is asked about on Monday.
+-- APPROX_QUANTILES is approximate: the share is nearly, not exactly, the one asked for.
 -- parameter train_fraction: FLOAT64  share of all ratings before the cut, such as 0.8
 -- reads ratings; writes split_ratings
 CREATE OR REPLACE TABLE split_ratings CLUSTER BY user_id AS
