@@ -44,7 +44,7 @@ def load(warehouse: Warehouse, tables: RatingTables, items_table: str = "") -> N
       items_table: with a table name, the table of item_id, title, genres; "" for none.
 
     Raises:
-      ValueError: a bad name, a missing or mistyped column, no rows, nulls, NaN or negative ids; the message counts them.
+      ValueError: a bad name, a missing or mistyped column, no rows; nulls, NaN or negative ids, counted.
     """
     if rehearsing():
         _stage(warehouse)
