@@ -26,8 +26,8 @@ def of(road):
 
 
 def test_it_was_measured_with_the_locked_versions():
-    lock = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M))
-    assert ROAD["versions"] and {name: lock[name] for name in ROAD["versions"]} == ROAD["versions"]
+    lock = set(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M))
+    assert len(ROAD["versions"]) == 7 and set(ROAD["versions"].items()) <= lock
     assert ROAD["machine"]["cores"] == 2 and re.fullmatch(r"[0-9a-f]{12}\+?", ROAD["commit"])
 
 

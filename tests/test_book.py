@@ -232,7 +232,7 @@ def test_a_rehearsal_is_a_full_run_beside_the_real_ones(toy):
     assert book.main(["rehearse", "1", "--extra", "batch_size=4"]) == 0
     assert total(toy, 1, "rehearsal") == 2.0
     record = json.loads((toy / "runs" / "rehearsal" / "chapter-1" / "rehearse.json").read_text())
-    assert record["parameters"] == {"SCALE": "full", "DATASET": "", "BATCH_SIZE": 4}
+    assert record["parameters"] == {"SCALE": "full", "DATASET": "rehearsal.shop.ratings", "BATCH_SIZE": 4}
     assert "RECSYS_REHEARSE" not in os.environ
 
 
