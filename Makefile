@@ -33,7 +33,7 @@ chapter-%: .venv/installed  ## one chapter, into runs/SCALE/chapter-N.ipynb
 	@$(BOOK) run $* $(OPTIONS)
 
 plan: .venv/installed  ## what a full run will do and cost; nothing is paid for
-	@$(BIN)/python -m recsys_common.costs --scale full $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(DATASET),--table '$(DATASET)')
+	@$(BIN)/python -m recsys_common.costs $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(DATASET),--table '$(DATASET)')
 
 rehearse: .venv/installed  ## the full path here, without an account: make rehearse CHAPTER=1
 	@$(BOOK) rehearse $(CHAPTER) --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --extra '$(EXTRA)' $(FORCED)

@@ -14,7 +14,9 @@ Needs: embedded_bigquery.py scale.py sql/ (the latter for the names given to `ru
 from __future__ import annotations
 
 import atexit
+import errno
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -214,6 +216,14 @@ class Warehouse:
                     "changed while it was read, or a stream broke: run the export again."
                 )
             yield rows
+
+    def expect_space(self, size: int) -> None:
+        """Raise OSError unless the embedded service has about `size` bytes of disk for a table."""
+        free = shutil.disk_usage(self.server.root).free if self.embedded else size
+        if free < size:
+            what = f"the embedded BigQuery needs about {size:,} bytes for this table, {free:,} are free"
+            advice = "Free some, or set TMPDIR to a folder on a larger disk, and start again"
+            raise OSError(errno.ENOSPC, f"{what}. {advice}", str(self.server.root))
 
     def local(self, address: str) -> str:
         """The path at which this process can open a `gs://` address: itself, or the embedded service's folder."""

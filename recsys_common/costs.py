@@ -84,7 +84,6 @@ def plan(rows: float, ids: float, prices: dict[str, float | None]) -> str:
 def main() -> int:
     """Print the plan; 2 when the arguments do not fit."""
     parser = argparse.ArgumentParser(description="Say what a full run scans, reads and stores; nothing is paid for.")
-    parser.add_argument("--scale", default="full", help="only full costs money (default: full)")
     parser.add_argument("--chapter", type=int, default=1, help="chapter number (default: 1)")
     parser.add_argument("--rows", type=float, default=50e9, help="ratings (default: 50e9)")
     parser.add_argument("--ids", type=float, default=100e6, help="users and items (default: 100e6)")
@@ -97,11 +96,6 @@ def main() -> int:
     ):
         parser.add_argument(f"--price-{kind}", type=float, help=f"currency for a {unit}, as read today")
     arguments = parser.parse_args()
-    if arguments.scale != "full":
-        print(
-            f"SCALE={arguments.scale} runs on this machine and costs nothing. `make plan SCALE=full` plans a full run."
-        )
-        return 0
     if arguments.chapter != 1:
         print(f"chapter {arguments.chapter} has no full run yet; chapter 1 has", file=sys.stderr)
         return 2

@@ -50,14 +50,9 @@ def lock() -> str:
     if not LOCK.exists():
         raise Skip("no requirements.txt beside the package: this is not a checkout")
     locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+?) \\$", LOCK.read_text(), re.MULTILINE))
-    wrong = []
-    for name, version in locked.items():
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = "missing"
-        if found != version:
-            wrong.append(f"{name} {found} (locked: {version})")
+    there = {re.sub("[-_.]+", "-", d.name).lower(): d.version for d in importlib.metadata.distributions()}
+    found = {name: there.get(re.sub("[-_.]+", "-", name).lower(), "missing") for name in locked}
+    wrong = [f"{name} {found[name]} (locked: {locked[name]})" for name in locked if found[name] != locked[name]]
     if wrong:
         raise RuntimeError(
             f"{len(wrong)} packages differ from the lock: {', '.join(wrong[:4])}; run `rm -rf .venv` and `make book`"

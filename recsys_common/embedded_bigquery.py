@@ -77,11 +77,6 @@ class EmbeddedBigQuery:
         self.rest, self.grpc = addresses["rest"], addresses["grpc"]
         return self
 
-    @property
-    def pid(self) -> int:
-        """The server's process id."""
-        return self._process.pid
-
     def stop(self) -> None:
         """Stop the server and remove its folder; calling it twice does nothing more."""
         if self._process.poll() is None:

@@ -100,6 +100,7 @@ def _upload(warehouse: Warehouse, name: str, table: pa.Table) -> None:
 
     if table.num_rows == 0:
         raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
+    warehouse.expect_space(4 * table.nbytes)  # the upload, the table, the log that it is written through
     file = io.BytesIO()
     pq.write_table(table, file)
     file.seek(0)
@@ -109,7 +110,8 @@ def _upload(warehouse: Warehouse, name: str, table: pa.Table) -> None:
     config = bigquery.LoadJobConfig(source_format="PARQUET")
     config.parquet_options = bigquery.ParquetOptions()
     config.parquet_options.enable_list_inference = True
-    job = warehouse.client.load_table_from_file(file, target, job_config=config)
+    retries = 0 if warehouse.embedded else 6  # see Warehouse.retry
+    job = warehouse.client.load_table_from_file(file, target, job_config=config, num_retries=retries)
     job.result(retry=warehouse.retry(), timeout=3600)
     if (found := warehouse.count(name)) != table.num_rows:
         raise RuntimeError(

@@ -148,7 +148,7 @@ def commit() -> str:
     return revision + ("+" if revision and git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def result(name: str, rows: list[dict], *, scale: str, dataset: str, **more) -> dict:
+def result(name: str, rows: list[dict], *, scale: str, dataset: str) -> dict:
     """A result file: `rows` of {"case", "value", "unit"} with the machine, versions, commit and date."""
     return {
         "name": name,
@@ -158,7 +158,6 @@ def result(name: str, rows: list[dict], *, scale: str, dataset: str, **more) -> 
         "versions": versions(),
         "scale": scale,
         "dataset": dataset,
-        **more,
         "rows": rows,
     }
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from google.api_core.exceptions import GoogleAPIError
 
 from recsys_common import bigquery, datasets, ratings_table, splits
 from recsys_common.datasets import ITEMS_SCHEMA, RATINGS_SCHEMA, RatingTables
@@ -220,6 +222,27 @@ def test_what_is_wrong_with_a_table_is_said(loaded, theirs, sql, says):
         load(loaded, in_place("other"))
 
 
+def test_a_disk_that_is_too_small_is_noticed_before_loading(loaded, monkeypatch):
+    usage = bigquery.shutil.disk_usage("/")
+    monkeypatch.setattr(bigquery.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"needs about [\d,]+ bytes for this table, 100 are free.*TMPDIR"):
+        load(loaded, small_tables())
+    assert loaded.count("ratings") == 10
+
+
+def test_a_disk_that_fills_while_loading_ends_soon_and_takes_nothing_for_whole():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))  # the server inherits it
+    try:
+        server = bigquery.connect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with server, pytest.raises(GoogleAPIError):
+        start = time.perf_counter()
+        load(server, datasets.load("simulated", rows=500_000))
+    assert time.perf_counter() - start < 30
+
+
 def test_no_rows_are_not_loaded():
     empty = RatingTables("empty", RATINGS_SCHEMA.empty_table(), small_tables().items, "seconds")
     with bigquery.connect() as fresh, pytest.raises(ValueError, match="'ratings' has 0 rows"):
@@ -263,8 +286,6 @@ def test_no_row_for_a_shard_export_is_an_error(loaded):
 
 
 def test_a_mistake_in_sql_fails_at_once(loaded):
-    from google.api_core.exceptions import GoogleAPIError
-
     start = time.perf_counter()
     with pytest.raises(GoogleAPIError, match="no_such_table"):
         loaded.query("SELECT * FROM no_such_table")
@@ -295,7 +316,7 @@ def test_a_killed_parent_leaves_no_server_and_no_files(how):
         import sys
         from recsys_common import bigquery
         warehouse = bigquery.connect()
-        print(warehouse.server.pid, warehouse.server.root, flush=True)
+        print(warehouse.server._process.pid, warehouse.server.root, flush=True)
         sys.stdin.read()
     """
     parent = subprocess.Popen(

@@ -174,12 +174,6 @@ def test_a_rehearsal_writes_beside_the_real_results(tmp_path, monkeypatch):
     assert scale.run_folder(tmp_path, "full", "chapter-1") == tmp_path / "full" / "chapter-1"
 
 
-def test_a_result_carries_what_else_it_is_given():
-    content = scale.result("input", [{"case": "csv", "value": 1}], scale="medium", dataset="ml-1m", repeats=5)
-    assert content["repeats"] == 5
-    assert content["rows"] == [{"case": "csv", "value": 1}]
-
-
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = scale.write_json(tmp_path / "new" / "folder" / "a.json", {"rows": [1]})
     with pytest.raises(TypeError, match="not JSON serializable"):
