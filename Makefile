@@ -53,9 +53,8 @@ sync: .venv/installed  ## chapters/N_name.py -> N_name.ipynb, executed at the sm
 check: .venv/installed  ## execute the committed notebooks and compare their outputs
 	@$(BOOK) check $(CHAPTER) $(FORCED)
 
-# bqemulator brings a pytest plugin that stops where testcontainers, a package for Docker, is not installed.
 pytest: .venv/installed  ## the tests alone; they read the metrics that check leaves
-	@$(BIN)/python -m pytest -q -p no:bqemulator
+	@$(BIN)/python -m pytest -q
 
 lint: .venv/installed  ## ruff's rules and format, chapters included
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
