@@ -14,12 +14,15 @@ Needs: embedded_bigquery.py scale.py sql/ (the latter for the names given to `ru
 from __future__ import annotations
 
 import atexit
+import base64
+import datetime
 import errno
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -55,6 +58,20 @@ def connect(project: str = "", bucket: str = "", dataset: str = DATASET, locatio
     embedded = not project or rehearsing()
     server = EmbeddedBigQuery(tempfile.mkdtemp(prefix="recsys-bigquery-")) if embedded else None
     return Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What `Warehouse.open` opened: plain strings, so that one host can open and hand out the streams to others."""
+
+    table: str
+    schema: str
+    streams: list[str]
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """The columns' names and types."""
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.schema)))
 
 
 class Warehouse:
@@ -162,34 +179,49 @@ class Warehouse:
         """Rows of a table of this dataset."""
         return self.query(f"SELECT COUNT(*) AS n FROM {plain(table)}")["n"][0].as_py()
 
-    def read(self, table: str, columns: list[str] | None = None, where: str = "") -> pa.Table:
-        """Read a table through the Storage Read API: columns in Arrow, no SQL job, nothing parsed.
+    def open(
+        self, table: str, columns: list[str] | None = None, where: str = "", streams: int = STREAMS, snapshot: str = ""
+    ) -> Session:
+        """Open a table for reading through the Storage Read API: no SQL job, nothing parsed.
+
+        Every stream of the session has other rows, and all of them together have each row once, as it was at one
+        moment. On Google Cloud a session lives for hours; any process may read its streams.
 
         Args:
           table: a table of this dataset.
           columns: names to read; None for all.
           where: a row restriction in SQL, such as "shard = 3".
+          streams: at most so many; the service may offer fewer.
+          snapshot: RFC 3339 time of the rows to read, "" for now. The embedded service keeps no history and has now.
         """
         from google.cloud.bigquery_storage_v1 import types
 
-        session = self._reader.create_read_session(
-            parent=f"projects/{self.project}",
-            read_session=types.ReadSession(
-                table=f"projects/{self.project}/datasets/{self.dataset}/tables/{plain(table)}",
-                data_format=types.DataFormat.ARROW,
-                read_options=types.ReadSession.TableReadOptions(selected_fields=columns, row_restriction=where),
-            ),
-            max_stream_count=STREAMS,
+        options = types.ReadSession.TableReadOptions(selected_fields=columns, row_restriction=where)
+        wanted = types.ReadSession(
+            table=f"projects/{self.project}/datasets/{self.dataset}/tables/{plain(table)}",
+            data_format=types.DataFormat.ARROW,
+            read_options=options,
         )
-        schema = pa.ipc.read_schema(pa.py_buffer(session.arrow_schema.serialized_schema))
+        if snapshot and not self.embedded:
+            wanted.table_modifiers.snapshot_time = datetime.datetime.fromisoformat(snapshot)
+        session = self._reader.create_read_session(
+            parent=f"projects/{self.project}", read_session=wanted, max_stream_count=streams
+        )
+        schema = session.arrow_schema.serialized_schema
+        return Session(table, base64.b64encode(schema).decode(), [stream.name for stream in session.streams])
+
+    def blocks(self, session: Session, stream: str) -> Iterator[pa.RecordBatch]:
+        """The rows of one stream of a session, in blocks of some ten thousand, in Arrow."""
+        schema = session.arrow_schema
+        for response in self._reader.read_rows(stream):
+            yield pa.ipc.read_record_batch(pa.py_buffer(response.arrow_record_batch.serialized_record_batch), schema)
+
+    def read(self, table: str, columns: list[str] | None = None, where: str = "", snapshot: str = "") -> pa.Table:
+        """A table, or the rows of it that `where` names, in memory; arguments as for `open`."""
+        session = self.open(table, columns, where, snapshot=snapshot)
         with ThreadPoolExecutor(STREAMS) as pool:
-            streams = pool.map(lambda stream: list(self._reader.read_rows(stream.name)), session.streams)
-        batches = [
-            pa.ipc.read_record_batch(pa.py_buffer(response.arrow_record_batch.serialized_record_batch), schema)
-            for responses in streams
-            for response in responses
-        ]
-        return pa.Table.from_batches(batches, schema=schema)
+            streams = pool.map(lambda stream: list(self.blocks(session, stream)), session.streams)
+        return pa.Table.from_batches((block for blocks in streams for block in blocks), session.arrow_schema)
 
     def shards(self, table: str, equal: dict[str, str], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Read a table that has a `shard` column shard by shard, so that memory holds one shard at a time.
