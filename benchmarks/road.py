@@ -76,7 +76,7 @@ def resemblance_rows(data_dir: str) -> list[dict]:
         with bigquery.connect() as warehouse, tempfile.TemporaryDirectory() as folder:
             ratings_table.load(warehouse, tables)
             warehouse.run("leave_last_out.sql", holdout=5)  # the last five asked for, the five before kept out
-            warehouse.run("vocabularies.sql")
+            warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
             warehouse.run("examples.sql", shards=4)
             columns = {"user_index": "int32", "item_index": "int32"}
             train = record_batches.write(folder, warehouse.shards("examples", {"split": "train"}), columns)

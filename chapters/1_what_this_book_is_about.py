@@ -93,7 +93,7 @@ tf.__version__
 # tables = datasets.load(DATASET, DATA_DIR, rows=rows, seed=SEED)
 # ratings_table.load(warehouse, tables, ITEMS_TABLE)
 # made_by = splits.split(warehouse, SPLIT, tables.time)
-# warehouse.run("vocabularies.sql")
+# warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
 # warehouse.run("examples.sql", shards=num_files)
 # shards = warehouse.shards("examples", {"split": "train"}, list(columns))
 # train = record_batches.write(folder, shards, columns, seed=SEED)
@@ -181,7 +181,7 @@ warehouse.query(parts).to_pandas()
 # there; in Python they are a dictionary that does not fit.
 
 # %%
-warehouse.run("vocabularies.sql")
+warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
 num_files = max(8, loaded // ROWS_PER_FILE)
 warehouse.run("examples.sql", shards=num_files)
 items = warehouse.read("item_vocabulary").sort_by("item_index").to_pandas()

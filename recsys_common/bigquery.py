@@ -40,7 +40,13 @@ DATASET = "recsys_common"
 LABEL = {"made-by": "recsys-common"}
 
 
-def connect(project: str = "", bucket: str = "", dataset: str = DATASET, location: str = "US") -> Warehouse:
+def connect(
+    project: str = "",
+    bucket: str = "",
+    dataset: str = DATASET,
+    location: str = "US",
+    maximum_bytes_billed: int = MAXIMUM_BYTES_BILLED,
+) -> Warehouse:
     """Open the warehouse.
 
     Args:
@@ -49,6 +55,7 @@ def connect(project: str = "", bucket: str = "", dataset: str = DATASET, locatio
       dataset: BigQuery dataset for this run's tables, which are replaced; created when absent, and refused when
         it exists without our label. Two people at work at once take two.
       location: where a new dataset is created. Keep the bucket in the same place.
+      maximum_bytes_billed: BigQuery refuses a query that would scan more, before it costs anything.
 
     Raises:
       RuntimeError: the embedded server did not start.
@@ -57,7 +64,8 @@ def connect(project: str = "", bucket: str = "", dataset: str = DATASET, locatio
     # Started first: it comes up while the client library is imported.
     embedded = not project or rehearsing()
     server = EmbeddedBigQuery(tempfile.mkdtemp(prefix="recsys-bigquery-")) if embedded else None
-    return Warehouse(server, project or "embedded", bucket or "embedded-bucket", dataset, location)
+    project, bucket = project or "embedded", bucket or "embedded-bucket"
+    return Warehouse(server, project, bucket, dataset, location, maximum_bytes_billed)
 
 
 @dataclass(frozen=True)
@@ -82,15 +90,27 @@ class Warehouse:
       storage: the `gs://` address of the bucket.
     """
 
-    def __init__(self, server: EmbeddedBigQuery | None, project: str, bucket: str, dataset: str, location: str):
+    def __init__(
+        self,
+        server: EmbeddedBigQuery | None,
+        project: str,
+        bucket: str,
+        dataset: str,
+        location: str,
+        maximum_bytes_billed: int = MAXIMUM_BYTES_BILLED,
+    ):
         from google.cloud import bigquery, bigquery_storage
 
         self.embedded = server is not None
         self.project, self.dataset, self.storage = project, dataset, f"gs://{bucket}"
-        self.server = server
-        options = {"default_query_job_config": bigquery.QueryJobConfig(default_dataset=f"{project}.{dataset}")}
+        self.server, self.location, self.maximum_bytes_billed = server, location, maximum_bytes_billed
+        self._ran: dict[str, dict] = {}
+        # The client puts these into every query that does not set its own.
+        config = bigquery.QueryJobConfig(
+            default_dataset=f"{project}.{dataset}", maximum_bytes_billed=maximum_bytes_billed
+        )
+        options = {"default_query_job_config": config}
         if server is None:
-            options["default_query_job_config"].maximum_bytes_billed = MAXIMUM_BYTES_BILLED
             self.client = bigquery.Client(project, location=location, **options)
             self._reader = bigquery_storage.BigQueryReadClient(credentials=self.client._credentials)
         else:
@@ -152,7 +172,11 @@ class Warehouse:
             raise FileNotFoundError(
                 f"no {file} in {SQL_FOLDER.name}/; there are {sorted(p.name for p in SQL_FOLDER.glob('*.sql'))}"
             )
-        return self.query(path.read_text(), **parameters)
+        # One job a statement: the embedded service hands no parameters to a script of several.
+        for statement in filter(None, map(str.strip, re.split(r";$", path.read_text(), flags=re.MULTILINE))):
+            rows = self.query(statement, **parameters)
+        self._ran[file] = {"file": file, "text": path.read_text(), "parameters": parameters}
+        return rows
 
     def query(self, sql: str, **parameters: int | float | str | list[int]) -> pa.Table:
         """Run SQL and return its rows as an Arrow table (for results that fit into memory many times over).
@@ -161,19 +185,19 @@ class Warehouse:
           sql: BigQuery SQL; tables without a dataset are this warehouse's.
           **parameters: values for `@name`: int -> INT64, float -> FLOAT64, str -> STRING, list of int -> ARRAY<INT64>.
         """
-        from google.cloud import bigquery
-
-        types = {int: "INT64", float: "FLOAT64", str: "STRING"}
-        config = bigquery.QueryJobConfig(
-            query_parameters=[
-                bigquery.ArrayQueryParameter(name, "INT64", value)
-                if isinstance(value, list)
-                else bigquery.ScalarQueryParameter(name, types[type(value)], value)
-                for name, value in parameters.items()
-            ]
-        )
-        job = self.client.query(sql, job_config=config, retry=self.retry())
+        job = self.client.query(sql, job_config=_with(parameters), retry=self.retry())
         return job.result(retry=self.retry()).to_arrow(create_bqstorage_client=False)
+
+    def scanned(self, sql: str, **parameters: int | float | str | list[int]) -> int | None:
+        """Bytes that `query` would be billed for, by a dry run, which is free and changes nothing.
+
+        None where that is not known: the embedded service answers a dry run, and refuses wrong SQL, but says 0 bytes.
+        """
+        config = _with(parameters)
+        # A dry run bills nothing, and is there to say how far a query is above the limit.
+        config.dry_run, config.use_query_cache, config.maximum_bytes_billed = True, False, 2**62
+        job = self.client.query(sql, job_config=config, retry=self.retry())
+        return None if self.embedded else job.total_bytes_processed
 
     def count(self, table: str) -> int:
         """Rows of a table of this dataset."""
@@ -235,19 +259,46 @@ class Warehouse:
           ValueError: no row matches.
           RuntimeError: the rows read are not as many as the table has.
         """
-        condition = " AND ".join(f"{plain(name)} = '{plain(value)}'" for name, value in equal.items())
-        by_shard = f"SELECT shard, COUNT(*) AS n FROM {plain(table)} WHERE {condition} GROUP BY shard ORDER BY shard"
-        counts = self.query(by_shard)
-        if counts.num_rows == 0:
-            raise ValueError(f"table {table!r} has no rows where {condition}; there is nothing to export")
-        for shard, expected in zip(counts["shard"].to_pylist(), counts["n"].to_pylist(), strict=True):
-            rows = self.read(table, columns, f"{condition} AND shard = {shard}")
+        _, counts, condition = self.shard_counts(table, equal)
+        for shard, expected in counts.items():
+            rows = self.read(table, columns, " AND ".join(filter(None, [condition, f"shard = {shard}"])))
             if rows.num_rows != expected:
                 raise RuntimeError(
                     f"table {table!r}, shard {shard}: read {rows.num_rows:,} rows, expected {expected:,}. The table "
                     "changed while it was read, or a stream broke: run the export again."
                 )
             yield rows
+
+    def shard_counts(self, table: str, equal: dict[str, str]) -> tuple[str, dict[int, int], str]:
+        """What `open` needs to read a table shard by shard: a moment, rows of each shard then, the row restriction.
+
+        Raises:
+          ValueError: no row matches.
+        """
+        condition = " AND ".join(f"{plain(name)} = '{plain(value)}'" for name, value in equal.items())
+        snapshot = self.query("SELECT CURRENT_TIMESTAMP() AS now")["now"][0].as_py().isoformat()
+        # The embedded service keeps no history; nobody else writes there.
+        at = "" if self.embedded else f" FOR SYSTEM_TIME AS OF TIMESTAMP '{snapshot}'"
+        where = f" WHERE {condition}" if condition else ""
+        counts = self.query(f"SELECT shard, COUNT(*) AS n FROM {plain(table)}{at}{where} GROUP BY shard ORDER BY shard")
+        if counts.num_rows == 0:
+            raise ValueError(f"table {table!r} has no rows{where}; there is nothing to export")
+        return snapshot, dict(zip(counts["shard"].to_pylist(), counts["n"].to_pylist(), strict=True)), condition
+
+    def changed(self, table: str) -> str:
+        """When a table was last changed."""
+        found = self.client.get_table(f"{self.project}.{self.dataset}.{plain(table)}", retry=self.retry())
+        return found.modified.isoformat()
+
+    def provenance(self, table: str) -> dict:
+        """Where a table came from: its full name, and the SQL files that were run in this dataset, with parameters."""
+        return {"project": self.project, "dataset": self.dataset, "table": table, "sql": list(self._ran.values())}
+
+    def __reduce__(self):
+        """Another process, such as a Beam worker, gets a connection of its own to the same warehouse."""
+        server = self.server and self.server.address
+        bucket = self.storage.removeprefix("gs://")
+        return Warehouse, (server, self.project, bucket, self.dataset, self.location, self.maximum_bytes_billed)
 
     def expect_space(self, size: int) -> None:
         """Raise OSError unless the embedded service has about `size` bytes of disk for a table."""
@@ -262,6 +313,21 @@ class Warehouse:
         if not self.embedded:
             return address
         return str(self.server.root / "gcs" / address.removeprefix("gs://"))
+
+
+def _with(parameters: dict[str, int | float | str | list[int]]):
+    """A query's configuration with its parameters."""
+    from google.cloud import bigquery
+
+    types = {int: "INT64", float: "FLOAT64", str: "STRING"}
+    return bigquery.QueryJobConfig(
+        query_parameters=[
+            bigquery.ArrayQueryParameter(name, "INT64", value)
+            if isinstance(value, list)
+            else bigquery.ScalarQueryParameter(name, types[type(value)], value)
+            for name, value in parameters.items()
+        ]
+    )
 
 
 def plain(name: str) -> str:

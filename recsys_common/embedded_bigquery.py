@@ -22,9 +22,26 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 START_SECONDS = 60.0  # a cold disk and two busy cores were seen to need 10
 STOP_SECONDS = 5.0
+SESSIONS = 64  # Storage Read sessions whose rows are kept: more than are ever read at a time
+
+
+class Address(NamedTuple):
+    """Where an embedded BigQuery answers, for processes that did not start it: they do not stop it either."""
+
+    rest: str
+    grpc: str
+    root: Path
+
+    def wait(self) -> Address:
+        """It runs already."""
+        return self
+
+    def stop(self) -> None:
+        """It is not ours to stop."""
 
 
 class EmbeddedBigQuery:
@@ -77,6 +94,11 @@ class EmbeddedBigQuery:
         self.rest, self.grpc = addresses["rest"], addresses["grpc"]
         return self
 
+    @property
+    def address(self) -> Address:
+        """What another process needs to talk to it."""
+        return Address(self.rest, self.grpc, self.root)
+
     def stop(self) -> None:
         """Stop the server and remove its folder; calling it twice does nothing more."""
         if self._process.poll() is None:
@@ -99,9 +121,19 @@ def _install_spatial() -> None:
         import_extension("spatial")
 
 
+class _Latest(dict):
+    """A dict of the last `SESSIONS` entries."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        while len(self) > SESSIONS:
+            del self[next(iter(self))]
+
+
 async def _serve(root: Path, parent_pipe: int, answer) -> None:
     from bqemulator.config import LogLevel, PersistenceMode, Settings
     from bqemulator.server import EmulatorServer
+    from bqemulator.streaming import read_session
 
     settings = Settings(
         rest_port=0,
@@ -114,6 +146,8 @@ async def _serve(root: Path, parent_pipe: int, answer) -> None:
         enable_format_extensions=False,  # Avro would have to be downloaded
         log_level=LogLevel.ERROR,
     )
+    # The emulator keeps the rows of every Storage Read session until it ends, which is a copy of each table read.
+    read_session._SESSIONS = _Latest()
     server = EmulatorServer(settings)
     await server.start()
     print(json.dumps({"rest": server.rest_url, "grpc": server.grpc_endpoint}), file=answer, flush=True)

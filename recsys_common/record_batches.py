@@ -1,16 +1,29 @@
 """What is in the files? TFRecords that hold record batches: thousands of rows a record, column after column.
 
-    manifest = write("data/train", tables, {"user_index": "int32", "item_index": "int32"})
-    manifest = Manifest.load("data/train")
-    dataset = read(manifest)                       # tf.data: one element a record batch
+    manifest = write("data/train", tables, {"user_id": "int64", "rating": "float32"})
+    dataset = read(Manifest.load("data/train"))              # tf.data: one element a record batch
 
-Each record is one `tf.train.Example`. A column of n values is one bytes feature: the n values in little-endian
-binary, one after another. A ragged column (a list in each row) has its values in the feature `name` and its n
-lengths, int32, in `name/lengths`. Native TensorFlow ops decode it (`parse_single_example`, `decode_raw`), on a TPU
-host and from `gs://` alike; nothing runs in Python for each row.
+The format, version 2. An export is a folder with files of records and one `manifest.json`.
 
-`manifest.json` beside the files names them with rows, bytes and sha256, and is written last, in one step. Only what
-it names is data: files of an export that was killed are not in it, and the next export removes them.
+1. A file is a TFRecord file, or one compressed as a whole with GZIP. For each record: its length (uint64), a checksum
+   of the length (4 bytes), the record, a checksum of the record (4 bytes).
+2. A record is one serialized `tf.train.Example` with a batch of n rows. Each feature is a bytes feature with one value.
+   All numbers are little-endian, without padding.
+3. A column of numbers is the feature `name`: its n values one after another. `dtype` is int8, int16, int32, int64,
+   uint8, uint16, float16, float32 or float64. With `shape` [k] each row has k values, so there are n * k.
+4. A ragged column, `shape` [null], has in `name` the values of all rows and in `name/lengths` how many each row has:
+   n int32.
+5. A column of strings has `dtype` "string": in `name` the UTF-8 bytes of all strings, in `name/offsets` where each
+   begins, and where the last ends: n + 1 int32. If it is ragged too, the offsets count strings instead of rows.
+6. There are no nulls. A column's `null` in the manifest is the value that replaced them; if that is null, nulls were
+   refused. Floats are finite.
+7. `manifest.json` has `version`, `columns` (name, dtype, shape, null), `files` (name, rows, bytes, sha256), `rows`,
+   `rows_per_record` (only the last record of a file has fewer), `compression` ("" or "GZIP"), `seed` (of the order
+   of rows) and `source`: table, snapshot time, SQL with its parameters, shards.
+8. The manifest is written last and renamed into place. Only files that it names are data; others are left from an
+   export that was killed, and the next one removes them.
+
+Decoding takes native TensorFlow ops alone (`parse_single_example`, `decode_raw`), on a TPU host and from `gs://` alike.
 
 Needs: nothing else.
 """
@@ -23,6 +36,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -30,19 +44,39 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow as tf
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-# 8,192 rows of four narrow columns are 200 kB: the cost of a record no longer matters, and 16 are a good shuffle.
-ROWS_PER_RECORD = 8192
+NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "float16", "float32", "float64")  # of `decode_raw`
+# Handing a record to tf.data costs about 50 us whatever its size; at 2 MB that is less than copying it.
+RECORD_BYTES = 2**21
+FILES_AT_ONCE = 8  # files that `read` interleaves
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, its NumPy dtype's name, and whether each row holds a list of values."""
+    """A column: name, dtype (a number's NumPy name, or "string"), shape of a row's value, and what replaces a null.
+
+    `shape` is () for one value, (k,) for k values, (None,) for a list of any length. `null` None refuses nulls.
+    """
 
     name: str
     dtype: str
-    ragged: bool = False
+    shape: tuple[int | None, ...] = ()
+    null: int | float | str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.dtype not in (*NUMBERS, "string") or len(self.shape) > 1:
+            raise ValueError(
+                f"column {self.name!r}: {self.dtype} of shape {self.shape}, expected {', '.join(NUMBERS)} or string, "
+                "and a shape of (), (k,) or (None,)"
+            )
+
+    @property
+    def features(self) -> list[str]:
+        """The names of the features that hold this column."""
+        lengths, offsets = self.shape == (None,), self.dtype == "string"
+        return [self.name] + [f"{self.name}/lengths"] * lengths + [f"{self.name}/offsets"] * offsets
 
 
 @dataclass(frozen=True)
@@ -62,9 +96,11 @@ class Manifest:
     folder: str
     columns: list[Column]
     files: list[File]
+    rows_per_record: int
     compression: str = ""
-    rows_per_record: int = ROWS_PER_RECORD
+    seed: int = 0
     source: dict = field(default_factory=dict)
+    made_by: str = "recsys_common"
     version: int = VERSION
 
     @property
@@ -105,14 +141,17 @@ class Manifest:
             raise ValueError(
                 f"{path}: format version {content.get('version')!r}, expected {VERSION}. Export again with this code."
             )
-        content.pop("rows")
+        rows = content.pop("rows")
         columns = [Column(**column) for column in content.pop("columns")]
         files = [File(**file) for file in content.pop("files")]
         manifest = cls(folder, columns, files, **content)
-        for file, path in zip(files, manifest.paths, strict=True):
-            if not tf.io.gfile.exists(path):
+        if manifest.rows != rows:
+            raise ValueError(f"{path}: its files have {manifest.rows:,} rows, it says {rows:,}. Export again.")
+        with ThreadPoolExecutor(32) as pool:  # a question to Cloud Storage takes 50 ms, and there may be 10,000
+            sizes = pool.map(_size, manifest.paths)
+        for file, path, size in zip(files, manifest.paths, sizes, strict=True):
+            if size is None:
                 raise FileNotFoundError(f"{path}: the manifest names it, but it is gone. Run the export again.")
-            size = tf.io.gfile.stat(path).length
             if size != file.bytes:
                 raise ValueError(
                     f"{path}: {size:,} bytes, the manifest says {file.bytes:,}: copied half-way or changed. "
@@ -120,191 +159,126 @@ class Manifest:
                 )
         return manifest
 
-    def _save(self) -> None:
+    def save(self) -> Manifest:
+        """Write `manifest.json` in one step, then remove the files of earlier exports. Returns this manifest.
+
+        Raises:
+          ValueError: no rows at all.
+        """
+        if self.rows == 0:
+            raise ValueError(f"{self.folder}: 0 rows to write; the table or its filter is empty")
         content = {name: value for name, value in asdict(self).items() if name != "folder"} | {"rows": self.rows}
         path = os.path.join(self.folder, MANIFEST)
         with tf.io.gfile.GFile(path + ".writing", "w") as stream:
             stream.write(json.dumps(content, indent=1) + "\n")
         tf.io.gfile.rename(path + ".writing", path, overwrite=True)
+        for name in foreign(self):
+            tf.io.gfile.remove(os.path.join(self.folder, name))
+        return self
+
+
+def foreign(manifest: Manifest) -> list[str]:
+    """Names of the files in the folder that look like an export's and that the manifest does not name."""
+    named = {file.name for file in manifest.files}
+    return sorted(n for n in tf.io.gfile.listdir(manifest.folder) if n.startswith("part-") and n not in named)
+
+
+def schema(columns: dict[str, str] | Iterable[Column], like: pa.Schema | None = None) -> list[Column]:
+    """`{"user_id": "int64"}` as columns; one that is a list in the Arrow schema `like` becomes ragged."""
+    if not isinstance(columns, dict):
+        return list(columns)
+    ragged = [name for name in columns if like and name in like.names and _is_list(like.field(name).type)]
+    return [Column(name, dtype, (None,) if name in ragged else ()) for name, dtype in columns.items()]
+
+
+def batch_rows(columns: list[Column]) -> int:
+    """The power of two that makes records of about 2 MB, if a list has 64 values and a string 32 bytes."""
+    width = sum(
+        (32 if column.dtype == "string" else np.dtype(column.dtype).itemsize)
+        * (column.shape[0] or 64 if column.shape else 1)
+        for column in columns
+    )
+    return 2 ** int(np.clip(np.log2(RECORD_BYTES / width), 8, 16))
 
 
 def write(
     folder: str | os.PathLike,
     tables: Iterable[pa.Table],
-    columns: dict[str, str],
+    columns: dict[str, str] | list[Column],
     *,
     seed: int = 0,
-    rows_per_record: int = ROWS_PER_RECORD,
     compression: str = "",
+    rows_per_record: int | None = None,
     source: dict | None = None,
 ) -> Manifest:
     """Write one file for each table; replaces an earlier export only once all of the new one is there.
 
-    The rows of a file are put into an order that depends on the rows (their columns that are not lists) and the seed
-    alone, and is random otherwise: the order in which a warehouse hands rows out is neither.
-
     Args:
       folder: local or `gs://` folder.
       tables: Arrow tables, one a file, each small enough for memory; taken one at a time.
-      columns: name -> NumPy dtype name to store, such as "int32"; a list column stores its values so.
-      seed: of the order within files.
-      rows_per_record: rows in a record (the last of a file has fewer).
+      columns: what to store: `Column`s, or name -> dtype, where a list column of the first table is ragged.
+      seed: of the order of rows within files, see `write_file`.
       compression: "" or "GZIP".
-      source: what to remember of where the rows came from (table, SQL, parameters); goes into the manifest.
+      rows_per_record: rows in a record; None for records of about 2 MB.
+      source: what to remember of where the rows came from; goes into the manifest.
 
     Raises:
       ValueError: no rows at all, a column that is missing, null, not finite or too wide for its dtype.
       OSError: the disk is full or the folder cannot be written; the earlier export is untouched.
     """
-    folder = os.fspath(folder)
-    tf.io.gfile.makedirs(folder)
-    described, files = [], []
+    folder, files = os.fspath(folder), []
     for number, table in enumerate(tables):
-        arrays = _arrays(table, columns, f"{folder}, file {number}")
-        described = described or [Column(name, dtype, f"{name}/lengths" in arrays) for name, dtype in columns.items()]
-        order = _order(table.select(list(columns)), seed + number)
-        files.append(_write_file(folder, number, arrays, order, rows_per_record, compression))
-    manifest = Manifest(folder, described, files, compression, rows_per_record, source or {})
-    if manifest.rows == 0:
-        raise ValueError(f"{folder}: 0 rows to write; the table or its filter is empty")
-    manifest._save()
-    named = {file.name for file in files}
-    for name in tf.io.gfile.listdir(folder):
-        if name.startswith("part-") and name not in named:
-            tf.io.gfile.remove(os.path.join(folder, name))
-    return manifest
+        columns = schema(columns, table.schema)
+        rows_per_record = rows_per_record or batch_rows(columns)
+        where = f"{folder}, file {number}"
+        files.append(
+            write_file(folder, f"part-{number:05d}", table, columns, rows_per_record, seed, compression, where)
+        )
+    return Manifest(folder, schema(columns), files, rows_per_record or 1, compression, seed, source or {}).save()
 
 
-def verify(manifest: Manifest) -> None:
-    """Read every byte again: hashes, and rows in every column.
+def write_file(
+    folder: str,
+    name: str,
+    table: pa.Table,
+    columns: list[Column],
+    rows_per_record: int,
+    seed: int,
+    compression: str,
+    where: str,
+) -> File:
+    """Write one table as one file, under a passing name first; the final name is `name` and part of the file's hash.
+
+    The order of the rows depends on the rows and the seed alone and is random otherwise, because the order in which a
+    warehouse hands rows out is neither. So whoever writes the same rows again writes the same file.
+
+    Args:
+      where: what to call the table in an error.
 
     Raises:
-      ValueError: naming the file and what differs.
+      ValueError: a column that is missing, null, not finite or too wide for its dtype; names the row.
+      OSError: the disk is full or the folder cannot be written; no part of the file is left.
     """
-    for file, path in zip(manifest.files, manifest.paths, strict=True):
-        found = _sha256(path)
-        if found != file.sha256:
-            raise ValueError(
-                f"{path}: sha256 {found[:12]}..., the manifest says {file.sha256[:12]}...: the file changed"
-            )
-        batches = tf.data.TFRecordDataset(path, manifest.compression).map(decoder(manifest))
-        rows = sum(batch[manifest.columns[0].name].shape[0] for batch in batches)
-        if rows != file.rows:
-            raise ValueError(f"{path}: {rows:,} rows, the manifest says {file.rows:,}")
-
-
-def decoder(manifest: Manifest):
-    """A function from one serialized record (string scalar) to `{column: tensor [rows]}`, for `Dataset.map`."""
-    spec = {}
-    for column in manifest.columns:
-        spec[column.name] = tf.io.FixedLenFeature([], tf.string)
-        if column.ragged:
-            spec[f"{column.name}/lengths"] = tf.io.FixedLenFeature([], tf.string)
-
-    def decode(record: tf.Tensor) -> dict[str, tf.Tensor | tf.RaggedTensor]:
-        example = tf.io.parse_single_example(record, spec)
-        batch = {}
-        for column in manifest.columns:
-            values = tf.io.decode_raw(example[column.name], tf.as_dtype(column.dtype))
-            if column.ragged:
-                lengths = tf.io.decode_raw(example[f"{column.name}/lengths"], tf.int32)
-                values = tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)
-            batch[column.name] = values
-        return batch
-
-    return decode
-
-
-def read(manifest: Manifest) -> tf.data.Dataset:
-    """The record batches in the order of the files: elements `{column: tensor [rows]}`."""
-    return tf.data.TFRecordDataset(manifest.paths, manifest.compression).map(
-        decoder(manifest), num_parallel_calls=tf.data.AUTOTUNE
-    )
-
-
-def _arrays(table: pa.Table, columns: dict[str, str], where: str) -> dict[str, np.ndarray]:
-    """The columns as NumPy arrays of their stored dtype, a list column as values and lengths."""
-    arrays = {}
-    for name, dtype in columns.items():
-        if name not in table.column_names:
-            raise ValueError(f"{where}: no column {name!r}; the table has {', '.join(table.column_names)}")
-        column = table[name].combine_chunks()
-        if column.null_count:
-            row = pc.index(column.is_null(), True).as_py()
-            raise ValueError(
-                f"{where}: column {name!r} is null in {column.null_count:,} rows, first in row {row}; expected "
-                "values. Replace or drop them in the SQL that makes the table."
-            )
-        if pa.types.is_list(column.type):
-            arrays[f"{name}/lengths"] = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype("<i4")
-            arrays[name] = _cast(column.flatten().to_numpy(zero_copy_only=False), dtype, name, where)
-        else:
-            arrays[name] = _cast(column.to_numpy(zero_copy_only=False), dtype, name, where)
-    return arrays
-
-
-def _cast(values: np.ndarray, dtype: str, name: str, where: str) -> np.ndarray:
-    target = np.dtype(dtype).newbyteorder("<")
-    if values.dtype.kind not in "iufb":
-        raise ValueError(f"{where}: column {name!r} holds {values.dtype}, expected numbers; give it an id in SQL")
-    if values.dtype.kind == "f":
-        bad = ~np.isfinite(values)
-        expected = "a finite number"
-        if target.kind in "iu":
-            bad |= values != np.round(values)
-            expected = f"a whole number for {dtype}"
-    else:
-        bad, expected = np.zeros(values.shape, bool), ""
-    if target.kind in "iu" and not bad.any():
-        limits = np.iinfo(target)
-        bad = (values < limits.min) | (values > limits.max)
-        expected = f"{limits.min} to {limits.max} ({dtype})"
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise ValueError(
-            f"{where}: column {name!r}, value {row} is {values[row]}, expected {expected}; "
-            f"{int(bad.sum()):,} such values"
-        )
-    return values.astype(target, copy=False)
-
-
-def _order(table: pa.Table, seed: int) -> np.ndarray:
-    """Row numbers in a random order that does not depend on the order of arrival."""
-    flat = [name for name in table.column_names if not pa.types.is_list(table[name].type)]
-    order = np.arange(table.num_rows)
-    if flat:
-        order = pc.sort_indices(table.select(flat), [(name, "ascending") for name in flat]).to_numpy()
-    return order[np.random.default_rng(seed).permutation(table.num_rows)]
-
-
-def _write_file(folder, number, arrays, order, rows_per_record, compression) -> File:
-    """Write a file under a passing name, then give it the name that its content decides."""
-    path = os.path.join(folder, f"part-{number:05d}.writing")
-    size = sum(array.nbytes for array in arrays.values())
+    arrays = [_stored(table, column, where) for column in columns]
+    order = _order([_bits(array) for array in arrays], seed)
+    arrays = [array.take(pa.array(order)) for array in arrays]
+    size = sum(array.nbytes for array in arrays)
+    path = os.path.join(folder, f"{name}.writing")
+    tf.io.gfile.makedirs(folder)
     if "://" not in folder and not compression and shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, _full(size, folder), path)
-    starts = {
-        name.removesuffix("/lengths"): np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        for name, lengths in arrays.items()
-        if name.endswith("/lengths")
-    }
     try:
         with tf.io.TFRecordWriter(path, compression) as writer:
             for begin in range(0, len(order), rows_per_record):
-                rows = order[begin : begin + rows_per_record]
                 example = tf.train.Example()
-                for name, array in arrays.items():
-                    if name in starts:
-                        pieces = [array[starts[name][r] : starts[name][r + 1]] for r in rows]
-                        raw = np.concatenate(pieces).tobytes()
-                    else:
-                        raw = array[rows].tobytes()
-                    example.features.feature[name].bytes_list.value.append(raw)
+                for column, array in zip(columns, arrays, strict=True):
+                    parts = _parts(array.slice(begin, rows_per_record))
+                    for feature, numbers in zip(column.features, parts, strict=True):
+                        example.features.feature[feature].bytes_list.value.append(numbers.tobytes())
                 # Deterministic: the order of a protobuf map is otherwise another in each process.
                 writer.write(example.SerializeToString(deterministic=True))
-        written = tf.io.gfile.stat(path).length
-        digest = _sha256(path)
-        final = f"part-{number:05d}-{digest[:8]}.tfrecord"
+        written, digest = _size(path), _sha256(path)
+        final = f"{name}-{digest[:8]}.tfrecord"
         tf.io.gfile.rename(path, os.path.join(folder, final), overwrite=True)
     except (OSError, tf.errors.OpError) as error:
         if tf.io.gfile.exists(path):
@@ -314,12 +288,237 @@ def _write_file(folder, number, arrays, order, rows_per_record, compression) -> 
     return File(final, len(order), written, digest)
 
 
+def verify(manifest: Manifest) -> None:
+    """Read every byte again: hashes, rows in every column, files that do not belong.
+
+    Raises:
+      ValueError: naming the file and what differs.
+    """
+    if found := foreign(manifest):
+        raise ValueError(
+            f"{manifest.folder}: {', '.join(found)}: not in the manifest. Readers leave such files out; if their rows "
+            "are wanted, export again, otherwise remove them."
+        )
+    for file, path in zip(manifest.files, manifest.paths, strict=True):
+        found = _sha256(path)
+        if found != file.sha256:
+            raise ValueError(
+                f"{path}: sha256 {found[:12]}..., the manifest says {file.sha256[:12]}...: the file changed. "
+                "Run the export again."
+            )
+        batches = tf.data.TFRecordDataset(path, manifest.compression).map(decoder(manifest))
+        rows = np.zeros(len(manifest.columns), int)
+        for batch in batches:
+            rows += [batch[column.name].shape[0] for column in manifest.columns]
+        for column, count in zip(manifest.columns, rows, strict=True):
+            if count != file.rows:
+                raise ValueError(f"{path}: {count:,} rows of {column.name!r}, the manifest says {file.rows:,}")
+
+
+def decoder(manifest: Manifest, columns: Iterable[str] | None = None):
+    """A function from one serialized record (string scalar) to `{column: tensor [rows, ...]}`, for `Dataset.map`.
+
+    Args:
+      columns: names to decode; None for all. What is left out is not even copied.
+
+    Raises:
+      ValueError: a name that the export does not have.
+    """
+    chosen = [column for column in manifest.columns if columns is None or column.name in columns]
+    if missing := sorted(set(columns or []) - {column.name for column in chosen}):
+        there = ", ".join(f"{column.name} ({column.dtype})" for column in manifest.columns)
+        raise ValueError(f"{manifest.folder}: no column {', '.join(missing)}; the export has {there}")
+    spec = {feature: tf.io.FixedLenFeature([], tf.string) for column in chosen for feature in column.features}
+
+    def decode(record: tf.Tensor) -> dict[str, tf.Tensor | tf.RaggedTensor]:
+        example = tf.io.parse_single_example(record, spec)
+        batch = {}
+        for column in chosen:
+            if column.dtype == "string":
+                offsets = tf.io.decode_raw(example[f"{column.name}/offsets"], tf.int32)
+                values = _strings(example[column.name], offsets, manifest.rows_per_record)
+            else:
+                values = tf.io.decode_raw(example[column.name], tf.as_dtype(column.dtype))
+            if column.shape == (None,):
+                lengths = tf.io.decode_raw(example[f"{column.name}/lengths"], tf.int32)
+                values = tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)
+            elif column.shape:
+                values = tf.reshape(values, [-1, *column.shape])
+            batch[column.name] = values
+        return batch
+
+    return decode
+
+
+def read(manifest: Manifest, columns: Iterable[str] | None = None) -> tf.data.Dataset:
+    """All record batches, several files at a time: elements `{column: tensor [rows, ...]}`; see `decoder`."""
+    decode = decoder(manifest, columns)
+    return tf.data.Dataset.from_tensor_slices(manifest.paths).interleave(
+        lambda path: tf.data.TFRecordDataset(path, manifest.compression).map(decode),
+        cycle_length=FILES_AT_ONCE,
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+
+def _strings(data: tf.Tensor, offsets: tf.Tensor, rows: int) -> tf.Tensor:
+    """The strings in `data` [] between `offsets` [n + 1], n of them.
+
+    `substr` copies its input once for every piece that it cuts from it. Cutting into sixteenths, and those again,
+    copies each byte sixteen times a level; cutting string after string would copy all of it for each string.
+    """
+    count = tf.shape(offsets)[0] - 1
+    size = 16
+    while size < rows:
+        size *= 16
+    groups = tf.maximum(-(-count // size), 1)
+    offsets = tf.concat([offsets, tf.fill([groups * size - count], offsets[-1])], 0)
+    pieces, begin = tf.reshape(data, [1, 1]), tf.zeros([1, 1], tf.int32)
+    while size:
+        cut = offsets[::size]
+        starts, ends = (tf.reshape(at, [tf.shape(pieces)[0], -1]) for at in (cut[:-1], cut[1:]))
+        pieces = tf.reshape(tf.strings.substr(pieces, starts - begin, ends - starts), [-1, 1])
+        begin, size = tf.reshape(starts, [-1, 1]), size // 16
+    return pieces[:count, 0]
+
+
+def _stored(table: pa.Table, column: Column, where: str) -> pa.Array:
+    """A column as an Arrow array of what is stored, without nulls."""
+    if column.name not in table.column_names:
+        raise ValueError(f"{where}: no column {column.name!r}; the table has {', '.join(table.column_names)}")
+    array = pa.concat_arrays(table[column.name].chunks) if table.num_rows else pa.array([], table[column.name].type)
+    listed = _is_list(array.type)
+    if listed != bool(column.shape):
+        raise ValueError(f"{where}: column {column.name!r} is {array.type}, expected shape {column.shape} of a value")
+    if not listed:
+        return _values(array, column, where)
+    if array.null_count:  # BigQuery has no null lists, other sources have
+        raise ValueError(_nulls(array, column, where))
+    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+    values = _values(array.flatten(), column, f"{where}, in its lists")
+    if column.shape == (None,):
+        return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype("i4"), values)
+    if (wrong := lengths != column.shape[0]).any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"{where}: column {column.name!r}, row {row} has {lengths[row]} values, expected {column.shape[0]}"
+        )
+    return pa.FixedSizeListArray.from_arrays(values, column.shape[0])
+
+
+def _values(array: pa.Array, column: Column, where: str) -> pa.Array:
+    """Single values as their stored type; the first that does not fit is named."""
+    if array.null_count:
+        if column.null is None:
+            raise ValueError(_nulls(array, column, where))
+        array = array.fill_null(column.null)
+    if column.dtype == "string":
+        if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+            raise ValueError(f"{where}: column {column.name!r} holds {array.type}, expected strings; CAST it in SQL")
+        return array.cast(pa.string())
+    values, target = array.to_numpy(zero_copy_only=False), np.dtype(column.dtype)
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{where}: column {column.name!r} holds {array.type}, expected numbers; give it an id in SQL")
+    if target.kind in "iu":
+        limits = np.iinfo(target)
+        # Of a float as wide as the limit, the limit itself is already rounded up out of reach.
+        fits = (values >= limits.min) & (
+            values < limits.max + 1.0 if values.dtype.kind == "f" else values <= limits.max
+        )
+        expected = f"a whole number of {limits.min} to {limits.max} ({column.dtype})"
+        fits &= values == np.round(values) if values.dtype.kind == "f" else True
+    else:
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(values.astype(target))
+        expected = f"a finite number that fits {column.dtype}"
+    if not fits.all():
+        row = int(np.argmin(fits))
+        raise ValueError(
+            f"{where}: column {column.name!r}, value {row} is {values[row]}, expected {expected}; "
+            f"{int((~fits).sum()):,} such values"
+        )
+    return pa.array(values.astype(target, copy=False))
+
+
+def _nulls(array: pa.Array, column: Column, where: str) -> str:
+    return (
+        f"{where}: column {column.name!r} is null in {array.null_count:,} rows, first in row "
+        f"{pc.index(array.is_null(), True).as_py()}; expected values. Replace or drop them in the SQL that makes the "
+        "table, or say what stands for them: Column(..., null=0)."
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _parts(array: pa.Array) -> list[np.ndarray]:
+    """What a batch of a column is stored as, in the order of `Column.features`."""
+    if _is_list(array.type):
+        values = _parts(array.flatten())
+        if pa.types.is_fixed_size_list(array.type):
+            return values
+        lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+        return [values[0], lengths.astype("<i4", copy=False), *values[1:]]
+    if not pa.types.is_string(array.type):
+        values = array.to_numpy()
+        return [values.astype(values.dtype.newbyteorder("<"), copy=False)]
+    _, offsets, data = array.buffers()
+    offsets = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
+    data = np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]]
+    return [data, (offsets - offsets[0]).astype("<i4", copy=False)]
+
+
+def _bits(array: pa.Array) -> np.ndarray:
+    """One unsigned number for each row that its value decides."""
+    if _is_list(array.type) or pa.types.is_string(array.type):
+        lengths = pc.list_value_length(array) if _is_list(array.type) else pc.binary_length(array)
+        ends = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)])
+        place = np.arange(ends[-1]) - np.repeat(ends[:-1], np.diff(ends))
+        inner = _bits(array.flatten()) if _is_list(array.type) else _parts(array)[0]
+        sums = np.concatenate([[0], np.cumsum(_mix(inner + _mix(place.astype(np.uint64))))]).astype(np.uint64)
+        return sums[ends[1:]] - sums[ends[:-1]]
+    values = array.to_numpy()
+    return values.view(f"u{values.itemsize}")
+
+
+def _mix(key: np.ndarray) -> np.ndarray:
+    key = key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return key ^ (key >> np.uint64(29))
+
+
+def _order(columns: list[np.ndarray], seed: int) -> np.ndarray:
+    """Row numbers by a hash of the rows: by its first byte, then within each of these 256 parts.
+
+    Sorting 4 M hashes at once takes more than twice as long, since they do not fit into the processor's cache.
+    """
+    key = np.full(len(columns[0]), seed % 2**64, np.uint64)
+    for begin in range(0, len(key), 2**15):
+        block = key[begin : begin + 2**15]
+        for bits in columns:
+            block[:] = _mix(block ^ bits[begin : begin + 2**15])
+    first = (key >> np.uint64(56)).astype(np.uint8)
+    order, begin = np.argsort(first, kind="stable"), 0
+    key = key[order]
+    for end in np.cumsum(np.bincount(first, minlength=256)):
+        order[begin:end] = order[begin:end][np.argsort(key[begin:end])]
+        begin = end
+    return order
+
+
 def _full(size: int, folder: str) -> str:
     free = "" if "://" in folder else f", {shutil.disk_usage(folder).free:,} bytes are free there"
     return (
         f"could not write a file of about {size:,} bytes{free}. Free some space, or choose another folder that may be "
         "written, and run the export again: an earlier export in this folder is untouched"
     )
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file, None where there is none."""
+    try:
+        return tf.io.gfile.stat(path).length
+    except tf.errors.NotFoundError:
+        return None
 
 
 def _sha256(path: str) -> str:

@@ -102,7 +102,7 @@ def test_leave_one_out_breaks_equal_times_by_item(warehouse):
 
 def test_vocabularies_number_training_ids_by_frequency(loaded):
     loaded.run("temporal_split.sql", train_fraction=0.8)
-    loaded.run("vocabularies.sql")
+    loaded.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     items = rows_of(loaded.query("SELECT item_index, item_id, frequency FROM item_vocabulary"))
     # 10 and 20 both have three training rows: the smaller id first; 40 has none
     assert items == [(0, 40, 0), (1, 10, 3), (2, 20, 3), (3, 30, 1)]
@@ -114,7 +114,7 @@ def test_examples_keep_every_row_once_and_spread_them(warehouse):
     tables = datasets.load("simulated", rows=20_000)
     load(warehouse, tables)
     warehouse.run("temporal_split.sql", train_fraction=0.8)
-    warehouse.run("vocabularies.sql")
+    warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     warehouse.run("examples.sql", shards=8)
     shards = list(warehouse.shards("examples", {"split": "train"}))
     sizes = [shard.num_rows for shard in shards]
@@ -173,7 +173,7 @@ def test_an_existing_table_is_read_in_place(loaded, theirs):
 def test_items_without_a_title_are_shown_by_number(loaded, theirs):
     load(loaded, in_place("ratings"))
     loaded.run("temporal_split.sql", train_fraction=0.8)
-    loaded.run("vocabularies.sql")
+    loaded.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     titles = loaded.run("titles.sql", item_indices=[1, 2]).to_pylist()
     assert sorted(row["title"] for row in titles) == ["item 10", "item 20"]
     assert loaded.run("liked.sql", user_id=3, rows=2)["title"].to_pylist() == ["item 30", "item 10"]
@@ -279,7 +279,7 @@ def test_auto_splits_by_time_where_there_is_one(loaded, how, time, file):
 
 def test_no_row_for_a_shard_export_is_an_error(loaded):
     loaded.run("temporal_split.sql", train_fraction=0.8)
-    loaded.run("vocabularies.sql")
+    loaded.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     loaded.run("examples.sql", shards=2)
     with pytest.raises(ValueError, match="'examples' has no rows where split = 'validation'"):
         next(loaded.shards("examples", {"split": "validation"}))

@@ -1,0 +1,274 @@
+"""How do a table's shards or many Parquet files become record batches, on all cores and through any interruption?
+
+    manifest = convert("gs://bucket/train", TableShards(warehouse, "examples", {"split": "train"}), columns)
+    manifest = convert("data/train", ParquetFiles("export/*.parquet"), columns)
+
+A source has units (shards, files) that are converted independently of each other, by the threads of this process or by
+the workers of a Beam pipeline (`beam_conversion.py`). A unit that is done leaves a receipt beside its files. Whatever
+kills the conversion, the same call continues: units with a receipt are not read again, the others start over, and the
+manifest is written when there is a receipt for each. Memory holds `rows_per_file` rows for each thread.
+
+Needs: record_batches.py scale.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow as tf
+from pyarrow import fs
+from tqdm import tqdm
+
+from recsys_common import scale
+from recsys_common.record_batches import Column, File, Manifest, batch_rows, schema, write_file
+
+ROWS_PER_FILE = 4_000_000  # 112 MB of two ids, a rating and a time
+ATTEMPTS = 3  # for a unit whose source breaks half-way
+PLAN, RECEIPT = "conversion.json", "unit-{:05d}.json"
+
+
+class Incomplete(RuntimeError):
+    """A unit gave another number of rows than it has: a stream broke and was taken up again at the wrong place."""
+
+
+class ParquetFiles:
+    """Parquet files as a source: one unit a file.
+
+    Args:
+      pattern: a glob such as "gs://bucket/export/*.parquet", or a list of paths.
+      about: where the files came from (SQL, parameters, table); goes into the manifest.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: the files do not have the same columns; names two of them and the column.
+    """
+
+    breaks = ()  # a file that cannot be read today cannot be read at once afterwards
+
+    def __init__(self, pattern: str | list[str], about: dict | None = None):
+        self.units = sorted(tf.io.gfile.glob(pattern))
+        if not self.units:
+            raise FileNotFoundError(f"{pattern}: no such files")
+        with ThreadPoolExecutor(32) as pool:
+            footers = list(pool.map(self._footer, self.units))
+        self.rows, schemas = zip(*footers, strict=True)
+        self.schema = schemas[0]
+        for unit, other in zip(self.units, schemas, strict=True):
+            self._compare(unit, other)
+        sizes = [tf.io.gfile.stat(unit) for unit in self.units]
+        self.about = {"files": self.units} | (about or {})
+        self.state = [[unit, stat.length, stat.mtime_nsec] for unit, stat in zip(self.units, sizes, strict=True)]
+
+    @staticmethod
+    def _open(path: str) -> pq.ParquetFile:
+        files, place = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+        try:
+            return pq.ParquetFile(place, filesystem=files)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a whole Parquet file ({error}). Export it again.") from error
+
+    def _footer(self, path: str) -> tuple[int, pa.Schema]:
+        with self._open(path) as file:
+            return file.metadata.num_rows, file.schema_arrow.remove_metadata()
+
+    def _compare(self, unit: str, other: pa.Schema) -> None:
+        for name in dict.fromkeys([*self.schema.names, *other.names]):
+            kinds = [str(s.field(name).type) if name in s.names else "missing" for s in (self.schema, other)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{unit}: column {name!r} is {kinds[1]}, but {kinds[0]} in {self.units[0]}. The files are of two "
+                    "exports: put each export into a folder of its own."
+                )
+
+    def blocks(self, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of a unit in blocks."""
+        with self._open(self.units[number]) as file:
+            yield from file.iter_batches(2**16, columns=columns, use_threads=False)
+
+
+class TableShards:
+    """A table with a column `shard` as a source, read through the Storage Read API: one unit a shard.
+
+    Args:
+      warehouse: a `bigquery.Warehouse`.
+      table: a table of its dataset with an INT64 column `shard`.
+      equal: column -> value that rows must have, such as {"split": "train"}.
+
+    Raises:
+      ValueError: no row matches.
+    """
+
+    def __init__(self, warehouse, table: str, equal: dict[str, str] | None = None):
+        from google.api_core.exceptions import GoogleAPICallError
+
+        self.breaks = (GoogleAPICallError, Incomplete)
+        self.warehouse, self.table = warehouse, table
+        self.snapshot, counts, self.where = warehouse.shard_counts(table, equal or {})
+        self.rows, self._shards = list(counts.values()), list(counts)
+        self.units = [f"{table}, shard {shard}" for shard in counts]
+        self.schema = warehouse.open(table, streams=1, snapshot=self.snapshot).arrow_schema
+        self.about = warehouse.provenance(table) | {
+            "where": self.where,
+            "shards": len(counts),
+            "snapshot_time": self.snapshot,
+        }
+        # The time of a snapshot differs from call to call; whether the table changed does not depend on it.
+        self.state = [warehouse.changed(table), self.where, self.rows]
+
+    def blocks(self, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of a unit in blocks. Units are read in parallel, so each takes a single stream."""
+        where = " AND ".join(filter(None, [self.where, f"shard = {self._shards[number]}"]))
+        session = self.warehouse.open(self.table, columns, where, streams=1, snapshot=self.snapshot)
+        for stream in session.streams:
+            yield from self.warehouse.blocks(session, stream)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that was begun: what a worker needs to do any unit of it, and to finish."""
+
+    folder: str
+    source: ParquetFiles | TableShards
+    columns: list[Column]
+    rows_per_record: int
+    seed: int = 0
+    rows_per_file: int = ROWS_PER_FILE
+    compression: str = ""
+    pending: list[int] = field(default_factory=list)
+
+    def unit(self, number: int) -> int:
+        """Convert a unit and leave its receipt. Returns its rows.
+
+        Raises:
+          Incomplete: its source gave another number of rows than it has, in `ATTEMPTS` attempts.
+          ValueError: a value that does not fit; names unit, column and row.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                files = list(self._files(number))
+                if (found := sum(file.rows for file in files)) != self.source.rows[number]:
+                    raise Incomplete(
+                        f"{self.source.units[number]}: read {found:,} rows, it has {self.source.rows[number]:,}. A "
+                        "stream broke, or the source changed while it was read: run the same command again."
+                    )
+            except self.source.breaks:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+            else:
+                break
+        _write_json(self._receipt(number), [asdict(file) for file in files])
+        return self.source.rows[number]
+
+    def _files(self, number: int) -> Iterator[File]:
+        names = [column.name for column in self.columns]
+        held, rows, part = [], 0, 0
+        for block in self.source.blocks(number, names):
+            while block.num_rows:
+                taken = block.slice(0, self.rows_per_file - rows)
+                block = block.slice(taken.num_rows)
+                held.append(taken)
+                rows += taken.num_rows
+                if rows == self.rows_per_file:
+                    yield self._file(number, part, held)
+                    held, rows, part = [], 0, part + 1
+        if held:
+            yield self._file(number, part, held)
+
+    def _file(self, number: int, part: int, blocks: list[pa.RecordBatch]) -> File:
+        table, name = pa.Table.from_batches(blocks), f"part-{number:05d}-{part:03d}"
+        blocks.clear()
+        where, seed = self.source.units[number], self.seed + number
+        return write_file(self.folder, name, table, self.columns, self.rows_per_record, seed, self.compression, where)
+
+    def _receipt(self, number: int) -> str:
+        return os.path.join(self.folder, RECEIPT.format(number))
+
+    def finish(self) -> Manifest:
+        """Write the manifest from the receipts, then remove them."""
+        numbers = range(len(self.source.units))
+        files = [File(**file) for number in numbers for file in _read_json(self._receipt(number))]
+        options = (self.rows_per_record, self.compression, self.seed)
+        manifest = Manifest(self.folder, self.columns, files, *options, self.source.about).save()
+        for path in (os.path.join(self.folder, PLAN), *map(self._receipt, numbers)):
+            tf.io.gfile.remove(path)
+        return manifest
+
+
+def begin(
+    folder: str | os.PathLike,
+    source: ParquetFiles | TableShards,
+    columns: dict[str, str] | list[Column],
+    *,
+    seed: int = 0,
+    rows_per_file: int = ROWS_PER_FILE,
+    rows_per_record: int | None = None,
+    compression: str = "",
+) -> Conversion:
+    """Begin a conversion into `folder`, or take up one of the same source, columns and options that was killed.
+
+    Args: as for `convert`.
+    """
+    folder, columns = os.fspath(folder), schema(columns, source.schema)
+    rows_per_record = rows_per_record or batch_rows(columns)
+    options = (columns, rows_per_record, seed, rows_per_file, compression)
+    same = hashlib.sha256(repr((source.state, options)).encode()).hexdigest()
+    plan = os.path.join(folder, PLAN)
+    tf.io.gfile.makedirs(folder)
+    if not (tf.io.gfile.exists(plan) and _read_json(plan) == same):
+        for receipt in tf.io.gfile.glob(os.path.join(folder, "unit-*.json")):
+            tf.io.gfile.remove(receipt)  # of another conversion, whose files the manifest will not name
+        _write_json(plan, same)
+    done = set(tf.io.gfile.listdir(folder))
+    pending = [number for number in range(len(source.units)) if RECEIPT.format(number) not in done]
+    return Conversion(folder, source, *options, pending)
+
+
+def convert(
+    folder: str | os.PathLike,
+    source: ParquetFiles | TableShards,
+    columns: dict[str, str] | list[Column],
+    *,
+    workers: int | None = None,
+    **options,
+) -> Manifest:
+    """Convert a source into record batches with the threads of this process.
+
+    Args:
+      folder: local or `gs://` folder; an export in it is replaced once the new one is complete.
+      source: what to convert.
+      columns: what to store, see `record_batches.write`.
+      workers: units at a time; None for as many as there are cores. (Arrow, NumPy and the file writer let go of
+        Python's lock, so threads do.)
+      **options: seed, rows_per_file, rows_per_record, compression, as in `begin`.
+
+    Raises: as `Conversion.unit`. What was finished stays, and the same call continues.
+    """
+    work = begin(folder, source, columns, **options)
+    pool = ThreadPoolExecutor(workers or scale.machine()["cores"])
+    rows = sum(source.rows)
+    with tqdm(total=rows, unit=" rows", unit_scale=True, desc="converting", disable=not scale.progress()) as bar:
+        bar.update(rows - sum(source.rows[number] for number in work.pending))
+        try:
+            for unit in as_completed([pool.submit(work.unit, number) for number in work.pending]):
+                bar.update(unit.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return work.finish()
+
+
+def _write_json(path: str, content) -> None:
+    with tf.io.gfile.GFile(path + ".writing", "w") as stream:
+        stream.write(json.dumps(content))
+    tf.io.gfile.rename(path + ".writing", path, overwrite=True)
+
+
+def _read_json(path: str):
+    with tf.io.gfile.GFile(path) as stream:
+        return json.loads(stream.read())
