@@ -6,6 +6,7 @@ DATA_DIR =
 EXTRA    =
 CHAPTER  =
 FORCE    =
+CONFIRM  =
 PYTHON   =
 
 BIN   = .venv/bin
@@ -33,7 +34,8 @@ chapter-%: .venv/installed  ## one chapter, into runs/SCALE/chapter-N.ipynb
 	@$(BOOK) run $* $(OPTIONS)
 
 plan: .venv/installed  ## what a full run will do and cost; nothing is paid for
-	@$(BIN)/python -m recsys_common.costs $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(DATASET),--table '$(DATASET)')
+	@$(BIN)/python -m recsys_common.costs $(if $(CHAPTER),--chapter $(CHAPTER)) \
+	    --table '$(DATASET)' --project '$(PROJECT)'
 
 rehearse: .venv/installed  ## the full path here, without an account: make rehearse CHAPTER=1
 	@$(BOOK) rehearse $(CHAPTER) --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --extra '$(EXTRA)' $(FORCED)
@@ -69,10 +71,8 @@ clean:  ## remove what runs and builds left (.venv and data/ stay)
 	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find chapters recsys_common tests tools -name __pycache__ -prune -exec rm -rf {} +
 
-clean-cloud:  ## how to remove what full runs left in Google Cloud
-	@echo "Nothing is removed by itself yet. A full run writes one dataset, labelled made-by:recsys-common, and one folder:"
-	@echo "  bq rm -r -d PROJECT:recsys_common"
-	@echo "  gcloud storage rm -r gs://BUCKET/chapter-1"
+clean-cloud: .venv/installed  ## list what is ours in BUCKET=name (PROJECT=name for its tables); CONFIRM=1 deletes it
+	@$(BIN)/python -m recsys_common.cleanup --bucket '$(BUCKET)' --project '$(PROJECT)' $(if $(filter 1,$(CONFIRM)),--confirm)
 
 # Nothing is installed twice, and an install that was cut short is not taken for whole: the file comes last.
 .venv/installed: requirements.txt pyproject.toml

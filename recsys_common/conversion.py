@@ -13,12 +13,14 @@ Needs: record_batches.py scale.py
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +33,7 @@ from recsys_common.record_batches import Column, File, Manifest, batch_rows, sch
 
 ROWS_PER_FILE = 4_000_000  # 112 MB of two ids, a rating and a time
 ATTEMPTS = 3  # for a unit whose source breaks half-way
-PLAN, RECEIPT = "conversion.json", "unit-{:05d}.json"
+PLAN, RECEIPT = "conversion.json", "unit-{:05d}-{}.json"  # a receipt is of a unit and a plan
 
 
 class Incomplete(RuntimeError):
@@ -141,15 +143,21 @@ class Conversion:
     seed: int = 0
     rows_per_file: int = ROWS_PER_FILE
     compression: str = ""
+    plan: str = ""
     pending: list[int] = field(default_factory=list)
 
     def unit(self, number: int) -> int:
         """Convert a unit and leave its receipt. Returns its rows.
 
+        Two workers may do the same unit at the same time: whose receipt comes last, his files count. A unit that has
+        one is not read again, since Beam repeats a whole bundle of units when one of them fails.
+
         Raises:
           Incomplete: its source gave another number of rows than it has, in `ATTEMPTS` attempts.
           ValueError: a value that does not fit; names unit, column and row.
         """
+        if tf.io.gfile.exists(self._receipt(number)):
+            return self.source.rows[number]
         for attempt in range(ATTEMPTS):
             try:
                 files = list(self._files(number))
@@ -188,16 +196,28 @@ class Conversion:
         return write_file(self.folder, name, table, self.columns, self.rows_per_record, seed, self.compression, where)
 
     def _receipt(self, number: int) -> str:
-        return os.path.join(self.folder, RECEIPT.format(number))
+        # A worker of an earlier conversion that nobody stopped leaves receipts too: the plan keeps them apart.
+        return os.path.join(self.folder, RECEIPT.format(number, self.plan))
+
+    def _is_done(self, number: int, there: set[str]) -> bool:
+        """Whether a unit has a receipt and the files that it names; else it has no receipt afterwards."""
+        path = self._receipt(number)
+        if os.path.basename(path) not in there:
+            return False
+        done = all(file["name"] in there for file in _read_json(path))
+        if not done:  # another export into this folder was finished meanwhile
+            _remove(path)
+        return done
 
     def finish(self) -> Manifest:
         """Write the manifest from the receipts, then remove them."""
-        numbers = range(len(self.source.units))
-        files = [File(**file) for number in numbers for file in _read_json(self._receipt(number))]
-        options = (self.rows_per_record, self.compression, self.seed)
-        manifest = Manifest(self.folder, self.columns, files, *options, self.source.about).save()
-        for path in (os.path.join(self.folder, PLAN), *map(self._receipt, numbers)):
-            tf.io.gfile.remove(path)
+        with ThreadPoolExecutor(32) as pool:  # a question to Cloud Storage takes 50 ms, and there may be 10,000 units
+            receipts = list(pool.map(_read_json, map(self._receipt, range(len(self.source.units)))))
+            files = [File(**file) for receipt in receipts for file in receipt]
+            options = (self.rows_per_record, self.compression, self.seed)
+            manifest = Manifest(self.folder, self.columns, files, *options, self.source.about).save()
+            names = [name for name in tf.io.gfile.listdir(self.folder) if name.startswith((PLAN, "unit-"))]
+            list(pool.map(_remove, [os.path.join(self.folder, name) for name in names]))
         return manifest
 
 
@@ -221,13 +241,16 @@ def begin(
     same = hashlib.sha256(repr((source.state, options)).encode()).hexdigest()
     plan = os.path.join(folder, PLAN)
     tf.io.gfile.makedirs(folder)
+    there, numbers = set(tf.io.gfile.listdir(folder)), range(len(source.units))
+    work = Conversion(folder, source, *options, same[:8])
     if not (tf.io.gfile.exists(plan) and _read_json(plan) == same):
-        for receipt in tf.io.gfile.glob(os.path.join(folder, "unit-*.json")):
-            tf.io.gfile.remove(receipt)  # of another conversion, whose files the manifest will not name
+        for name in there:
+            if name.startswith("unit-") and work.plan not in name:
+                _remove(os.path.join(folder, name))  # of another conversion, whose files the manifest will not name
         _write_json(plan, same)
-    done = set(tf.io.gfile.listdir(folder))
-    pending = [number for number in range(len(source.units)) if RECEIPT.format(number) not in done]
-    return Conversion(folder, source, *options, pending)
+    with ThreadPoolExecutor(32) as pool:
+        done = list(pool.map(lambda number: work._is_done(number, there), numbers))
+    return replace(work, pending=[number for number in numbers if not done[number]])
 
 
 def convert(
@@ -264,9 +287,15 @@ def convert(
 
 
 def _write_json(path: str, content) -> None:
-    with tf.io.gfile.GFile(path + ".writing", "w") as stream:
+    beside = f"{path}.{uuid.uuid4().hex}.writing"
+    with tf.io.gfile.GFile(beside, "w") as stream:
         stream.write(json.dumps(content))
-    tf.io.gfile.rename(path + ".writing", path, overwrite=True)
+    tf.io.gfile.rename(beside, path, overwrite=True)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(tf.errors.NotFoundError):  # someone was faster, or it has its final name by now
+        tf.io.gfile.remove(path)
 
 
 def _read_json(path: str):

@@ -9,6 +9,7 @@ Needs: bigquery.py embedded_bigquery.py scale.py datasets/ sql/
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,8 +58,8 @@ def load(warehouse: Warehouse, tables: RatingTables, items_table: str = "") -> N
             warehouse.query(TABLES["items"])
         check(warehouse, tables.table)
     else:
-        _upload(warehouse, "ratings", tables.ratings)
-        _upload(warehouse, "items", tables.items)
+        upload(warehouse, "ratings", [tables.ratings])
+        upload(warehouse, "items", [tables.items])
         check(warehouse, tables.name)
 
 
@@ -95,29 +96,41 @@ def _drop(warehouse: Warehouse, name: str) -> None:
     warehouse.query(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} {plain(name)}")
 
 
-def _upload(warehouse: Warehouse, name: str, table: pa.Table) -> None:
+def upload(warehouse: Warehouse, name: str, tables: Iterable[pa.Table]) -> int:
+    """Make `ratings` or `items` from Arrow tables, taken one at a time, so that all of them may exceed memory.
+
+    Returns:
+      The number of rows.
+
+    Raises:
+      ValueError: no rows. OSError: the embedded service's disk is too small.
+      RuntimeError: the warehouse counts another number of rows.
+    """
     from google.cloud import bigquery
 
-    if table.num_rows == 0:
-        raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
-    warehouse.expect_space(4 * table.nbytes)  # the upload, the table, the log that it is written through
-    file = io.BytesIO()
-    pq.write_table(table, file)
-    file.seek(0)
-    target = f"{warehouse.project}.{warehouse.dataset}.{name}"
+    target, rows = f"{warehouse.project}.{warehouse.dataset}.{name}", 0
     _drop(warehouse, name)
     warehouse.query(TABLES[name])  # the embedded service loads only into a table that exists
-    config = bigquery.LoadJobConfig(source_format="PARQUET")
+    config = bigquery.LoadJobConfig(source_format="PARQUET", write_disposition="WRITE_APPEND")
     config.parquet_options = bigquery.ParquetOptions()
     config.parquet_options.enable_list_inference = True
     retries = 0 if warehouse.embedded else 6  # see Warehouse.retry
-    job = warehouse.client.load_table_from_file(file, target, job_config=config, num_retries=retries)
-    job.result(retry=warehouse.retry(), timeout=3600)
-    if (found := warehouse.count(name)) != table.num_rows:
+    for table in tables:
+        warehouse.expect_space(4 * table.nbytes)  # the upload, the table, the log that it is written through
+        file = io.BytesIO()
+        pq.write_table(table, file)
+        file.seek(0)
+        job = warehouse.client.load_table_from_file(file, target, job_config=config, num_retries=retries)
+        job.result(retry=warehouse.retry(), timeout=3600)
+        rows += table.num_rows
+    if rows == 0:
+        raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
+    if (found := warehouse.count(name)) != rows:
         raise RuntimeError(
-            f"table {name!r} has {found:,} rows, expected {table.num_rows:,}: rows were lost or "
+            f"table {name!r} has {found:,} rows, expected {rows:,}: rows were lost or "
             "doubled on the way. Load it again; if it stays so, report it with what `make doctor` prints."
         )
+    return rows
 
 
 def check(warehouse: Warehouse, source: str) -> None:
@@ -139,8 +152,8 @@ def _stage(warehouse: Warehouse) -> None:
 
     tables = simulated.load(REHEARSAL_ROWS)
     shop = Warehouse(warehouse.server, warehouse.project, "", "shop", "US")
-    _upload(shop, "ratings", tables.ratings)
-    _upload(shop, "items", tables.items)
+    upload(shop, "ratings", [tables.ratings])
+    upload(shop, "items", [tables.items])
     shop.query(
         "CREATE OR REPLACE TABLE ratings AS SELECT * REPLACE (TIMESTAMP_SECONDS(timestamp) AS timestamp) FROM ratings"
     )

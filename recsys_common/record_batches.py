@@ -35,6 +35,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -263,7 +264,7 @@ def write_file(
     order = _order([_bits(array) for array in arrays], seed)
     arrays = [array.take(pa.array(order)) for array in arrays]
     size = sum(array.nbytes for array in arrays)
-    path = os.path.join(folder, f"{name}.writing")
+    path = os.path.join(folder, f"{name}.{uuid.uuid4().hex}.writing")  # two workers may be writing the same
     tf.io.gfile.makedirs(folder)
     if "://" not in folder and not compression and shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, _full(size, folder), path)

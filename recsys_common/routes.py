@@ -21,7 +21,7 @@ An export goes into a new folder `export-<random>` below the one that it is give
 only once it is whole. `overwrite = true` would replace files of equal names alone: of an earlier export with more
 files, some would stay and be read with the new ones; and to empty the folder first would leave nothing if we fail.
 
-Needs: bigquery.py embedded_bigquery.py scale.py sql/packed_batches.sql
+Needs: bigquery.py embedded_bigquery.py scale.py table_stream.py sql/packed_batches.sql
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from recsys_common.bigquery import SQL_FOLDER, STREAMS, Session, Warehouse, plain
+from recsys_common.bigquery import SQL_FOLDER, STREAMS, Warehouse, plain
+from recsys_common.table_stream import expect_rows
+from recsys_common.table_stream import table_stream as table_stream  # route 5, beside the others
 
 FILES_AT_ONCE = 8  # files that a reader has open, as in input_pipeline.py
 PACKED = {"user_id": "int64", "item_id": "int64", "timestamp": "int64", "rating": "float32"}
@@ -52,17 +53,17 @@ def export_csv(warehouse: Warehouse, table: str, folder: str, columns: dict[str,
       columns: what to export; the dtypes matter to `read_csv` only.
 
     Raises:
-      ValueError: no rows, a shard that is NULL, a column that is missing, nested or repeated (CSV has none of those).
+      ValueError: no rows, a shard that is NULL, a column that is nested or repeated (BigQuery would refuse it too).
       RuntimeError: other rows were exported than the table had.
+      google.api_core.exceptions.GoogleAPIError: a statement failed, such as for a column that is not there.
     """
     address = f"{warehouse.project}.{warehouse.dataset}.{plain(table)}"
-    fields = {field.name: field for field in warehouse.client.get_table(address, retry=warehouse.retry()).schema}
-    for name in columns:
-        if name not in fields:
-            raise ValueError(f"table {table!r} has no column {name!r}; it has {', '.join(fields)}")
-        if fields[name].mode == "REPEATED" or fields[name].field_type in ("RECORD", "STRUCT"):
-            kind = f"{fields[name].field_type} {fields[name].mode}"
-            raise ValueError(f"table {table!r}, column {name!r} is {kind}; CSV holds plain columns only: flatten it")
+    for field in warehouse.client.get_table(address, retry=warehouse.retry()).schema:
+        if field.name in columns and (field.mode == "REPEATED" or field.field_type in ("RECORD", "STRUCT")):
+            kind = f"{field.field_type} {field.mode}"
+            raise ValueError(
+                f"table {table!r}, column {field.name!r} is {kind}; CSV holds plain columns only. Flatten it in SQL."
+            )
     options = "format = 'CSV', header = false" + ", compression = 'GZIP'" * gzip
     return _export(warehouse, table, folder, "csv.gz" if gzip else "csv", options, _select(columns))
 
@@ -76,13 +77,10 @@ def read_csv(paths: list[str], columns: dict[str, str], batch_size: int) -> tf.d
     # A number without a default is required; TensorFlow would take 0 for NULL, and nobody would know.
     defaults = [tf.constant([""] if dtype == "string" else [], dtype) for dtype in columns.values()]
 
-    def read(path: tf.Tensor) -> tf.data.Dataset:
-        lines = tf.data.TextLineDataset(path, _compression(path))
-        return lines.batch(batch_size).map(
-            lambda batch: dict(zip(columns, tf.io.decode_csv(batch, defaults), strict=True))
-        )
+    def decode(lines: tf.Tensor) -> dict[str, tf.Tensor]:
+        return dict(zip(columns, tf.io.decode_csv(lines, defaults), strict=True))
 
-    return _files(paths, read)
+    return _files(paths, lambda path: _lines(path).batch(batch_size).map(decode))
 
 
 def export_rows(warehouse: Warehouse, table: str, folder: str, columns: dict[str, str]) -> list[str]:
@@ -131,88 +129,6 @@ def export_parquet(warehouse: Warehouse, table: str, folder: str, columns: dict[
     return _export(warehouse, table, folder, "parquet", options, _select(columns))
 
 
-def table_stream(
-    warehouse: Warehouse,
-    table: str,
-    columns: dict[str, str],
-    batch_size: int,
-    *,
-    session: Session | None = None,
-    host: int = 0,
-    hosts: int = 1,
-    report: Callable[[int], None] | None = None,
-) -> tf.data.Dataset:
-    """Batches straight from the table, for one pass over fresh data: Python runs once a block, never once a row.
-
-    The last batch is smaller; `rebatch(batch_size, drop_remainder=True)` leaves it out. The order of rows is the
-    service's, another on each run.
-
-    Args:
-      session: streams to read, from `warehouse.open(table, list(columns))`; None opens a session. Several hosts share
-        one, that one of them opened: two sessions cut the table differently.
-      host: number of this host, 0..hosts-1; it reads `session.streams[host::hosts]`.
-      hosts: how many share the session.
-      report: called with the rows of this host's pass when it ends. How many a stream has, nobody says beforehand:
-        of a session that is given, only the sum over its hosts can be checked (`expect_rows`), and should be.
-
-    Raises:
-      ValueError: no rows, a column that is missing, several hosts without a common session, fewer streams than hosts.
-      tf.errors.OpError: while iterating: a NULL, a value that does not fit its dtype, a list or a struct; or, at the
-        end of a pass, "lost or doubled": the session was opened here and gave other rows than the table has.
-    """
-    bounds = None
-    if session is None:
-        if hosts > 1:
-            raise ValueError(f"{hosts} hosts need one session in common: open it on one, hand it to all as session=")
-        before = warehouse.count(table)
-        session = warehouse.open(table, list(columns))
-        # Rows may come in meanwhile. The session has those of one moment between the two counts.
-        bounds = sorted((before, warehouse.count(table)))
-    streams = session.streams[host::hosts]
-    if len(session.streams) < hosts or not streams or bounds == [0, 0]:
-        raise ValueError(
-            f"table {table!r}: the session has {len(session.streams)} streams for {hosts} hosts, and host {host} would "
-            "have none. A table without rows has none, a small one has one: use fewer hosts, or files."
-        )
-    if missing := set(columns) - set(session.arrow_schema.names):
-        raise ValueError(f"table {table!r}: the session lacks {sorted(missing)}, it has {session.arrow_schema.names}")
-    seen = {}  # stream -> rows of it in this pass
-
-    def read(stream: bytes) -> Iterator[dict[str, np.ndarray]]:
-        seen[stream] = 0
-        for block in warehouse.blocks(session, stream.decode()):
-            seen[stream] += block.num_rows
-            yield _arrays(block, columns, table)
-
-    def end() -> Iterator[dict[str, np.ndarray]]:
-        # The client resumes a broken stream at an offset. Should a service start over instead, rows come twice.
-        rows = sum(seen.values())
-        if bounds:
-            expect_rows(repr(table), rows, *bounds)
-        if report:
-            report(rows)
-        yield from ()
-
-    spec = {name: tf.TensorSpec([None], dtype) for name, dtype in columns.items()}
-    blocks = tf.data.Dataset.from_tensor_slices(streams).interleave(
-        lambda stream: tf.data.Dataset.from_generator(read, output_signature=spec, args=(stream,)),
-        cycle_length=len(streams),
-        num_parallel_calls=len(streams),
-        deterministic=False,  # the order is the service's anyway: no stream waits for another
-    )
-    passed = tf.data.Dataset.from_generator(end, output_signature=spec)
-    return blocks.concatenate(passed).rebatch(batch_size).prefetch(tf.data.AUTOTUNE)
-
-
-def expect_rows(what: str, found: int, least: int, most: int | None = None) -> None:
-    """Raise RuntimeError unless `found` rows are within `least` and `most` (None: exactly `least`)."""
-    if not least <= found <= (least if most is None else most):
-        raise RuntimeError(
-            f"table {what}: {found:,} rows arrived, the table has {least:,}: rows were lost or doubled. A stream "
-            "broke, or the table changed meanwhile: run it again."
-        )
-
-
 def export_packed(warehouse: Warehouse, table: str, folder: str, rows_per_record: int = 4096) -> list[str]:
     """Let BigQuery pack user_id, item_id, timestamp and rating into record batches, one a line, in gzipped CSV.
 
@@ -239,7 +155,7 @@ def read_packed(paths: list[str]) -> tf.data.Dataset:
             batch[name] = values if dtype == "int64" else tf.cast(tf.cast(values, tf.float64) * RATING_UNIT, dtype)
         return batch
 
-    return _files(paths, lambda path: tf.data.TextLineDataset(path, _compression(path)).map(decode))
+    return _files(paths, lambda path: _lines(path).map(decode))
 
 
 def _select(columns: Iterable[str]) -> str:
@@ -276,32 +192,39 @@ def _export(
 ) -> list[str]:
     """Run `EXPORT DATA` for each shard, several at a time, and return the files that are there then.
 
-    `select` gets the table's name in the place of TABLE, and the parameters shard and rows_per_record.
+    `select` reads FROM export_rows, in whose place comes the table; its parameters are shard and rows_per_record.
     """
     from google.cloud import bigquery
 
     snapshot, shards = _shards(warehouse, table)
     # All statements see the table of one moment. The embedded service keeps no history, and nobody else writes there.
     at = "" if warehouse.embedded else f" FOR SYSTEM_TIME AS OF TIMESTAMP '{snapshot}'"
-    select = select.replace("TABLE", plain(table) + at)
+    select = select.replace("FROM export_rows", f"FROM {plain(table)}{at}")
 
-    def export(shard: int) -> None:
+    def export(shard: int) -> int:
         values = {"shard": shard} | ({"rows_per_record": rows_per_record} if rows_per_record else {})
         parameters = [bigquery.ScalarQueryParameter(name, "INT64", value) for name, value in values.items()]
+        uri = f"{target}/shard-{shard:05d}-*.{ending}"
         job = warehouse.client.query(
-            f"EXPORT DATA OPTIONS (uri = '{target}/shard-{shard:05d}-*.{ending}', {options}) AS\n{select}",
+            f"EXPORT DATA OPTIONS (uri = '{uri}', overwrite = true, {options}) AS\n{select}",
             job_config=bigquery.QueryJobConfig(query_parameters=parameters),
             retry=warehouse.retry(),
         )
         job.result(retry=warehouse.retry())
         # The client has no property for this part of the job's statistics.
-        found = int(job._properties["statistics"]["query"]["exportDataStatistics"]["rowCount"])
-        expect_rows(f"{table!r}, shard {shard}", found, math.ceil(shards[shard] / (rows_per_record or 1)))
+        done = job._properties["statistics"]["query"]["exportDataStatistics"]
+        found, expected = int(done["rowCount"]), math.ceil(shards[shard] / (rows_per_record or 1))
+        expect_rows(f"{table!r}, shard {shard}", found, expected)
+        return int(done["fileCount"])
 
     with _new_folder(warehouse, folder) as target:
         with ThreadPoolExecutor(STREAMS) as pool:
-            list(pool.map(export, shards))
-        return sorted(tf.io.gfile.glob(f"{warehouse.local(target)}/*.{ending}"))
+            written = sum(pool.map(export, shards))
+        paths = sorted(tf.io.gfile.glob(f"{warehouse.local(target)}/*.{ending}"))
+        if len(paths) != written:
+            # A statement that BigQuery tried again may leave files of its first attempt.
+            raise RuntimeError(f"{target}: {len(paths)} files, the statements wrote {written}. Run the export again.")
+        return paths
 
 
 def _examples(rows: pa.Table) -> Iterator[bytes]:
@@ -328,25 +251,6 @@ def _examples(rows: pa.Table) -> Iterator[bytes]:
         yield example.SerializeToString()
 
 
-def _arrays(block: pa.RecordBatch, columns: dict[str, str], table: str) -> dict[str, np.ndarray]:
-    """The columns of a block in NumPy; where the dtype is the table's own, on the block's memory."""
-    arrays = {}
-    for name, dtype in columns.items():
-        column = block.column(name)
-        if column.null_count:
-            raise ValueError(
-                f"table {table!r}: column {name!r} is NULL in {column.null_count:,} of {block.num_rows:,} rows of a "
-                "block; expected values. Replace or drop them in the SQL that makes the table."
-            )
-        try:
-            arrays[name] = column.cast(dtype).to_numpy(zero_copy_only=dtype != "string")
-        except pa.ArrowException as error:
-            raise ValueError(
-                f"table {table!r}, column {name!r}: not {dtype}: {error}. Choose another dtype."
-            ) from error
-    return arrays
-
-
 def _cast(values: tf.Tensor | tf.RaggedTensor, dtype: str, name: str) -> tf.Tensor | tf.RaggedTensor:
     """`values` as `dtype`; an integer that does not fit is an error, where `tf.cast` would keep its lower bits."""
     if dtype == "int32":
@@ -355,8 +259,8 @@ def _cast(values: tf.Tensor | tf.RaggedTensor, dtype: str, name: str) -> tf.Tens
     return values if dtype == "string" else tf.cast(values, dtype)
 
 
-def _compression(path: tf.Tensor) -> tf.Tensor:
-    return tf.where(tf.strings.regex_full_match(path, r".*\.gz"), "GZIP", "")
+def _lines(path: tf.Tensor) -> tf.data.Dataset:
+    return tf.data.TextLineDataset(path, tf.where(tf.strings.regex_full_match(path, r".*\.gz"), "GZIP", ""))
 
 
 def _files(paths: list[str], read: Callable[[tf.Tensor], tf.data.Dataset]) -> tf.data.Dataset:

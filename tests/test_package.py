@@ -1,14 +1,10 @@
 """Importing the package: which Keras, how fast, and what it drags in."""
 
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-import recsys_common
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 
@@ -49,7 +45,7 @@ def test_an_environment_that_asks_for_keras_3_is_refused():
 
 
 def test_what_needs_no_tensorflow_does_not_import_it():
-    modules = "bigquery, costs, datasets, doctor, embedded_bigquery, scale"
+    modules = "bigquery, cleanup, costs, datasets, doctor, embedded_bigquery, scale"
     done = python(
         f"import sys; from recsys_common import {modules}; from recsys_common.datasets import movielens, netflix, "
         "simulated; print('tensorflow' in sys.modules)"
@@ -88,17 +84,3 @@ def test_doctor_names_what_is_wrong(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "[FAIL] packages" in said and "numpy" in said and "(locked: 0.0.1)" in said
     assert "[skip] GPU" in said
-
-
-def test_plan_adds_up():
-    from recsys_common.costs import TIB, plan
-
-    text = plan(2 * TIB, 0, {"query": 5.0, "read": None, "stored": None})
-    # bytes a row: check 32, popular 24, split 40, parts 22, vocabularies 30, examples 39, shards 15, pairs 38,
-    # one person 39, csv 31 = 310; times 2 TiB of rows, at 5 a TiB
-    assert f"{310 * 2 * 5:,.2f} in your currency" in text
-    assert "price not given (--price-read X for a TiB)" in text
-    folder = Path(recsys_common.__file__).parent
-    chapter = (folder.parent / "chapters" / "1_what_this_book_is_about.py").read_text()
-    scripts = set(re.findall(r'"(\w+\.sql)"', chapter)) - {"last_seen.sql"}  # simulated ratings only
-    assert scripts and [name for name in scripts if name not in text] == []

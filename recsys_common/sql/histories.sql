@@ -1,7 +1,7 @@
 -- What had this user taken before? Each row of `examples`, with the items before it, the oldest first.
--- "Before" is the order of leave_last_out.sql: timestamp, then item_id, then rating. So what is held out there as
--- the last stands in no history of an earlier row. A history draws on all of a user's rows: a test row sees the
--- training rows before it, and no row sees itself or anything later.
+-- "Before" is the order of leave_last_out.sql: timestamp, then item_id, then rating; of equal rows the one in
+-- training comes first. So what is held out there as the last stands in no history of an earlier row. A history draws
+-- on all of a user's rows: a test row sees the training rows before it, and no row sees itself or anything later.
 -- Users are told apart by user_id: out of the vocabulary many share one user_index.
 -- parameter length: INT64  most items of a history; the latest are kept
 -- parameter shards: INT64  as for examples.sql
@@ -17,7 +17,11 @@ SELECT
   IFNULL(
     ARRAY_AGG(items.item_index) OVER (
       PARTITION BY ratings.user_id
-      ORDER BY ratings.timestamp, ratings.item_id, ratings.rating
+      ORDER BY
+        ratings.timestamp,
+        ratings.item_id,
+        ratings.rating,
+        CASE ratings.split WHEN 'train' THEN 1 WHEN 'validation' THEN 2 ELSE 3 END
       ROWS BETWEEN @length PRECEDING AND 1 PRECEDING
     ),
     []

@@ -24,7 +24,7 @@ numbered AS (
 )
 SELECT
   IF(
-    COUNT(user_id) = COUNT(*) AND COUNT(item_id) = COUNT(*) AND COUNT(rating) = COUNT(*) AND COUNT(timestamp) = COUNT(*),
+    COUNTIF(user_id IS NULL OR item_id IS NULL OR rating IS NULL OR timestamp IS NULL) = 0,
     COUNT(*),
     ERROR(CONCAT('export_rows, shard ', CAST(@shard AS STRING), ': a NULL in user_id, item_id, rating or timestamp'))
   ) AS `rows`,

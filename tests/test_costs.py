@@ -1,0 +1,327 @@
+"""The plan: hand arithmetic, prices that are refused, and what is said where something is not known."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from google.cloud.bigquery import QueryJobConfig
+
+from recsys_common import bigquery, costs
+
+ROOT = Path(__file__).resolve().parent.parent
+TIB, GIB = 2**40, 2**30
+READ = {"currency": "USD", "read": "2026-01-31"}
+# Rows a second and bytes a row that are easy to reckon with: 3.6 M rows/s are 12.96e9 rows an hour.
+MEASURED = {
+    "csv.gz": 3.6, "export csv.gz": 1.8, "bytes/row csv.gz": 10,
+    "parquet": 7.2, "export parquet": 3.6, "bytes/row parquet": 16,
+    "storage read": 36, "export storage read": 0.9, "bytes/row storage read": 24,
+    "table stream": 1.2,
+}  # fmt: skip
+
+
+def priced(**prices: float) -> dict[str, dict]:
+    """prices.json as it is, with these prices filled in."""
+    return costs.load_prices() | {k: costs.load_prices()[k] | READ | {"price": p} for k, p in prices.items()}
+
+
+def benchmark_file(folder: Path, **changed: dict) -> Path:
+    rows = [
+        {"case": case, "value": value, "unit": "bytes" if case.startswith("bytes") else "M rows/s"}
+        for case, value in MEASURED.items()
+    ]
+    rows = [row | changed.get(row["case"], {}) for row in rows]
+    machine = {"cpu": "a made-up CPU", "cores": 3, "memory_gb": 7}
+    path = folder / "data_export.json"
+    path.write_text(json.dumps({"date": "2026-02-03T04:05:06+00:00", "commit": "c", "machine": machine, "rows": rows}))
+    return path
+
+
+def lines_of(text: str, rows: int) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """route -> cells, and route -> cost, of the part of a plan that is about so many rows."""
+    table, cost = text.split(f"AT {rows:,} ROWS\n")[1].split("\n\n")[:2]
+    cells = {line[:14].strip(): re.split(r"  +", line[14:].strip()) for line in table.splitlines()[1:]}
+    return cells, {line[:14].strip(): line[14:] for line in cost.splitlines()[1:]}
+
+
+# Prices ------------------------------------------------------------------------------------------------
+
+
+def test_no_price_is_filled_in_without_having_been_read():
+    prices = costs.load_prices()
+    assert set(prices) == set(costs.KINDS)
+    assert all(price["source"].startswith("https://cloud.google.com/") for price in prices.values())
+    assert all((price["price"] is None) == (price["read"] is None) for price in prices.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"price": 5.0, "currency": "USD"}, "read None, expected the day on which the price was read"),
+        ({"price": 5.0, "currency": "USD", "read": "9999-01-01"}, "read '9999-01-01'.*not after today"),
+        ({"price": 5.0, "currency": "USD", "read": "31.1.2026"}, "YYYY-MM-DD"),
+        ({"price": 5.0, **READ, "source": ""}, "source '', expected the https:// address"),
+        ({"price": 5.0, **READ, "currency": None}, "currency None"),
+        ({"price": None, **READ}, "price None, expected a number"),
+        ({"price": "5", **READ}, "price '5', expected a number"),
+        ({"price": -1, **READ}, "price -1"),
+        ({"price": True, **READ}, "price True"),
+        ({"unit": "GB scanned"}, "unit 'GB scanned', expected one that begins with TiB, GiB, hour"),
+        ({"note": "x"}, "expected the fields currency, price, read, source, unit"),
+    ],
+)
+def test_a_price_that_cannot_be_traced_is_refused(tmp_path, change, message):
+    content = json.loads(costs.PRICES.read_text())
+    content["export"] |= change
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"prices.json, price 'export': .*{message}"):
+        costs.load_prices(path)
+
+
+def test_a_broken_file_of_prices_is_refused(tmp_path):
+    path = tmp_path / "prices.json"
+    path.write_text('{\n"query": }')
+    with pytest.raises(ValueError, match=r"prices\.json, line 2: not JSON"):
+        costs.load_prices(path)
+    path.write_text(json.dumps({"query": {}}))
+    with pytest.raises(ValueError, match=r"prices \['query'\], expected \["):
+        costs.load_prices(path)
+    content = json.loads(costs.PRICES.read_text())
+    content["query"] |= {"price": 1, **READ}
+    content["worker"] |= {"price": 1, **READ, "currency": "EUR"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="EUR and USD, which cannot be added"):
+        costs.load_prices(path)
+    content["worker"]["currency"] = "USD"
+    path.write_text(json.dumps(content))
+    assert costs.load_prices(path)["worker"]["price"] == 1
+
+
+def test_a_bill_adds_what_is_priced_and_names_what_is_not():
+    amounts = {"query": 3 * TIB, "cloud_storage": 500 * GIB, "worker": 2.5, "export": 0}
+    assert costs.bill(amounts, costs.load_prices()) == "unread: 3.00 TiB query + 500 GiB files + 2.50 h worker"
+    assert costs.bill(amounts, priced(query=5, worker=2)) == "20.00 USD + unread: 500 GiB files"
+    assert costs.bill(amounts, priced(query=5, worker=2, cloud_storage=0.25)) == "145.00 USD"
+    assert costs.bill(amounts | {"worker": None}, priced(query=5, worker=2, cloud_storage=0.25)) == (
+        "140.00 USD + unread: ? h worker"
+    )
+
+
+# Chapter 1 ---------------------------------------------------------------------------------------------
+
+
+def test_chapter_1_adds_up():
+    text = costs.road_plan(2 * TIB, 0, priced(query=5))
+    # bytes a row: check 32, popular 24, split 40, parts 22, vocabularies 30, examples 39, shards 15, pairs 38,
+    # one person 39, csv 31 = 310; times 2 TiB of rows, at 5 a TiB
+    assert f"\nquery    {310 * 2 * 5:,.2f} USD\n" in text
+    assert f"\nread     unread: {31 * 2:.1f} TiB read\n" in text
+    assert "TiB read through the Storage Read API" in text and "TiB written by EXPORT DATA" not in text
+    chapter = (ROOT / "chapters" / "1_what_this_book_is_about.py").read_text()
+    scripts = set(re.findall(r'"(\w+\.sql)"', chapter)) - {"last_seen.sql"}  # simulated ratings only
+    assert scripts and [name for name in scripts if name not in text] == []
+
+
+def test_chapter_1_counts_ids():
+    ids = costs.road_plan(0, GIB, priced(query=1024))
+    # vocabularies 48, examples 24, one person 8 = 80 bytes an id; a TiB costs 1024, so a GiB costs 1
+    assert "\nquery    80.00 USD\n" in ids
+
+
+# Chapter 2 ---------------------------------------------------------------------------------------------
+
+
+def test_chapter_2_by_hand(tmp_path):
+    rows = 12_960_000_000  # an hour at 3.6 M rows/s
+    text = costs.routes_plan(rows, costs.load_prices(), costs.load_benchmark(benchmark_file(tmp_path)))
+    cells, cost = lines_of(text, rows)
+    assert list(cells) == list(cost) == list(costs.ROUTES) and len(cells) == 7
+    shards = rows // costs.ROWS_PER_FILE
+    table = f"{40 * rows / GIB:,.0f} GiB"
+    # csv.gz: 2 x 32 bytes of the own table, 8 to count shards, 40 exported = 112 scanned; 10 stored; 2 h, then 1 h
+    scanned = f"{112 * rows / TIB:.2f} TiB"
+    assert cells["csv.gz"] == [scanned, "-", table, f"{10 * rows / GIB:.0f} GiB", f"{shards:,}", "2.00", "1.00"]
+    assert cost["csv.gz"] == (
+        f"unread: {scanned} query + {10 * rows / TIB:.2f} TiB export + {table} tables + {10 * rows / GIB:.0f} GiB files"
+    )
+    # parquet: both kinds of files, 16 + 24 bytes; an hour of a worker; EXPORT DATA wrote the 16
+    both = f"{40 * rows / GIB:.0f} GiB"
+    assert cells["parquet"] == [scanned, "-", table, both, f"{2 * shards:,}", "1.00", "0.50"]
+    assert f"+ {16 * rows / TIB:.2f} TiB export" in cost["parquet"] and cost["parquet"].endswith(" + 1.00 h worker")
+    # storage read: 72 scanned, 40 read, no export
+    scanned, read = f"{72 * rows / GIB:,.0f} GiB", f"{40 * rows / GIB:,.0f} GiB"
+    assert cells["storage read"][:4] == [scanned, read, table, f"{24 * rows / GIB:.0f} GiB"]
+    assert cells["storage read"][5:] == ["4.00", "0.10"]
+    assert "export" not in cost["storage read"] and cost["storage read"].endswith(" + 4.00 h worker")
+    # a table stream: no files, no shards to count, no shard to read, 3 h an epoch
+    assert cells["table stream"] == [
+        f"{64 * rows / GIB:,.0f} GiB", f"{32 * rows / GIB:,.0f} GiB", table, "-", "-", "-", "3.00"
+    ]  # fmt: skip
+    # packed was not measured
+    assert cells["packed"][3:] == ["?", f"{shards:,}", "?", "?"] and "? TiB export" in cost["packed"]
+    assert "2026-02-03" in text and "3 cores (a made-up CPU) and 7 GB" in text
+
+
+def test_every_route_is_told_at_50_billion_rows_too(tmp_path):
+    text = costs.routes_plan(1e6, priced(query=6), costs.load_benchmark(benchmark_file(tmp_path)))
+    cells, cost = lines_of(text, 50_000_000_000)
+    assert cells["csv.gz"][-2:] == ["7.72", "3.86"]  # 50e9 / 1.8e6 / 3600, 50e9 / 3.6e6 / 3600
+    assert cells["csv.gz"][4] == "12,500"
+    money = 112 * 50e9 / TIB * 6
+    assert cost["csv.gz"].startswith(f"{money:.2f} USD + unread: {10 * 50e9 / TIB:.2f} TiB export + ")
+    assert costs.routes_plan(50e9, costs.load_prices(), None).count("AT 50,000,000,000 ROWS") == 1
+
+
+def test_a_plan_fits_a_terminal(tmp_path):
+    benchmark = costs.load_benchmark(benchmark_file(tmp_path))
+    every = dict.fromkeys(costs.KINDS, 0.123)
+    for text in (
+        costs.routes_plan(1e12, costs.load_prices(), benchmark, 2**46),
+        costs.routes_plan(1e6, priced(**every), benchmark),
+        costs.road_plan(1e12, 1e9, costs.load_prices()),
+    ):
+        assert [line for line in text.splitlines() if len(line) >= 120] == []
+
+
+def test_each_number_of_bytes_says_where_it_comes_from(tmp_path):
+    rows, dry_run = 3_000_000_000, 2**38  # the dry run says more than 32 bytes a row: NUMERIC ratings
+    text = costs.routes_plan(rows, costs.load_prices(), None, dry_run)
+    told = text.split("AT ")[0].splitlines()
+    own, made = ([line for line in told if line.startswith(s)] for s in ("your table", "the table with shards: "))
+    assert len(own) == 2 and all("256 GiB, dry run" in line for line in own)
+    assert all(line.endswith("1.46 TiB, schema x rows") for line in own)  # nobody dry-ran 50 billion rows
+    assert len(made) == 5 and all(line.count("schema x rows") == 2 and "dry run" not in line for line in made)
+    assert "does not exist yet, so no dry run can know it" in text
+    cells, _ = lines_of(text, rows)
+    assert cells["table stream"][0] == "512 GiB"
+    cells, _ = lines_of(text, 50_000_000_000)
+    assert cells["table stream"][0] == f"{64 * 50e9 / TIB:.2f} TiB"
+    assert "dry run" not in costs.routes_plan(rows, costs.load_prices(), None).split("Schema x rows")[0]
+
+
+def test_without_the_benchmark_hours_are_not_made_up(tmp_path):
+    assert costs.load_benchmark(tmp_path / "none.json") is None
+    text = costs.routes_plan(1e9, costs.load_prices(), None)
+    cells, _ = lines_of(text, 1_000_000_000)
+    assert all(row[-1] == "?" for row in cells.values())
+    assert "not known (?). `make bench`, in a checkout, measures them" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("export parquet", {"unit": "rows/s"}, "'export parquet': 3.6 rows/s, expected M rows/s above 0"),
+        ("csv.gz", {"value": 0}, "'csv.gz': 0 M rows/s"),
+        ("bytes/row parquet", {"value": -1}, "'bytes/row parquet': -1 bytes"),
+    ],
+)
+def test_a_benchmark_in_other_units_is_refused(tmp_path, case, change, message):
+    with pytest.raises(ValueError, match=message):
+        costs.load_benchmark(benchmark_file(tmp_path, **{case: change}))
+
+
+def test_shards_are_as_large_as_the_files_of_a_conversion():
+    conversion = (ROOT / "recsys_common" / "conversion.py").read_text()
+    assert f"ROWS_PER_FILE = {costs.ROWS_PER_FILE:_}" in conversion
+
+
+# The command -------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["costs", *arguments])
+    code = costs.main()
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(costs, "BENCHMARK", tmp_path / "none.json")
+    code, out, _ = command(monkeypatch, capsys)
+    assert code == 0 and out.startswith("chapter 1, SCALE=full\n50,000,000,000 ratings, 100,000,000 ids\n")
+    code, out, _ = command(
+        monkeypatch, capsys, "--chapter", "2", "--rows", "2e9", "--price-query", "5", "--price-cloud-storage", "1"
+    )
+    cells, cost = lines_of(out, 2_000_000_000)
+    assert code == 0 and cost["table stream"].startswith(f"{64 * 2e9 / TIB * 5:.2f} in your currency + unread: ")
+    assert "TiB scanned                            5.0 (as given)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chapter", "3"], "chapter 3 has no full run yet; chapters 1 and 2 have"),
+        (["--table", "shop.ratings"], "'shop.ratings' is not a BigQuery table's name"),
+        (["--table", "p.shop.ratings`; DROP TABLE x"], "is not a BigQuery table's name"),
+        (["--table", "p.shop.ratings"], "no Google credentials to ask for the table's size"),
+    ],
+)
+def test_the_command_refuses(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("recsys_common.scale.credentials", lambda: "")
+    code, out, err = command(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+# BigQuery ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warehouse():
+    with bigquery.connect(maximum_bytes_billed=123_456_789) as connected:
+        connected.query("CREATE TABLE bought AS SELECT 1 AS user_id, 2 AS item_id, 3.5 AS rating, 4 AS timestamp")
+        yield connected
+
+
+@pytest.fixture
+def sent(warehouse, monkeypatch):
+    """The configurations of the query jobs that the client sends."""
+    found, post = [], warehouse.client._connection.api_request
+
+    def request(*arguments, **options):
+        if isinstance(data := options.get("data"), dict) and "query" in data.get("configuration", {}):
+            found.append(data["configuration"])
+        return post(*arguments, **options)
+
+    monkeypatch.setattr(warehouse.client._connection, "api_request", request)
+    return found
+
+
+def test_every_query_has_a_limit(warehouse, sent):
+    assert warehouse.query("SELECT @n AS n", n=5)["n"].to_pylist() == [5]
+    assert warehouse.count("bought") == 1
+    warehouse.client.query("SELECT 1", job_config=QueryJobConfig(use_query_cache=False)).result()
+    warehouse.client.query("SELECT 1").result()
+    assert [config["query"]["maximumBytesBilled"] for config in sent] == ["123456789"] * 4
+
+
+def test_the_limit_is_10_tib_unless_another_is_given(warehouse, sent):
+    usual = bigquery.Warehouse(warehouse.server, "embedded", "bucket", bigquery.DATASET, "US")
+    assert usual.client.default_query_job_config.maximum_bytes_billed == 10 * TIB
+
+
+def test_a_dry_run_changes_nothing_and_is_not_known_here(warehouse, sent):
+    assert warehouse.scanned("DROP TABLE bought") is None
+    assert warehouse.count("bought") == 1
+    assert warehouse.scanned("SELECT rating FROM bought WHERE user_id = @u", u=1) is None
+    assert [config.get("dryRun") for config in sent] == [True, None, True]
+    assert int(sent[0]["query"]["maximumBytesBilled"]) > 2**60  # it may say how far above the limit a query is
+    assert sent[2]["query"]["queryParameters"][0]["name"] == "u"
+    with pytest.raises(Exception, match="nope"):
+        warehouse.scanned("SELECT nope FROM bought")
+
+
+def test_what_a_dry_run_says_on_google_cloud_is_returned(warehouse, monkeypatch):
+    monkeypatch.setattr(warehouse, "embedded", False)  # the service is the embedded one: 0 bytes, but said
+    assert warehouse.scanned("SELECT rating FROM bought") == 0
+
+
+def test_a_table_is_looked_up_by_a_dry_run_that_the_embedded_service_answers(warehouse, sent):
+    rows, dry_run = costs.look_up(warehouse.client, "embedded.recsys_common.bought")
+    assert rows in (1, None) and dry_run is None  # it counts no rows of a table made by SQL, and no bytes
+    assert [config["dryRun"] for config in sent] == [True]
+    warehouse.query("CREATE OR REPLACE TABLE other AS SELECT 1 AS user_id")
+    with pytest.raises(ValueError, match=r"embedded\.recsys_common\.other: .*item_id"):
+        costs.look_up(warehouse.client, "embedded.recsys_common.other")
