@@ -241,7 +241,9 @@ def large_rows(warehouse: bigquery.Warehouse, folder: Path) -> list[dict]:
     seconds = time.perf_counter() - start
     total: dict[str, int] = {}
     for batch in tqdm(record_batches.read(manifest), desc="checking", unit="batch"):
-        for name, value in column_checks({name: column.numpy() for name, column in batch.items()}).items():
+        for name, value in ratings_table.column_checks(
+            {name: column.numpy() for name, column in batch.items()}
+        ).items():
             total[name] = total.get(name, 0) + value
     own = warehouse.run("column_checks.sql").to_pylist()[0]
     equal = [name for name in own if own[name] == total[name]]

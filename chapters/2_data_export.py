@@ -131,12 +131,19 @@ warehouse.query(about, oov=OOV_BUCKETS).to_pandas()
 
 # %%
 warehouse.run("hashed_ids.sql", user_buckets=1000, item_buckets=1000)
-ids = warehouse.query("SELECT user_id, fingerprint FROM user_vocabulary ORDER BY user_id LIMIT 1000000").to_pandas()
+ids = warehouse.query(
+    "SELECT user_id, fingerprint FROM user_vocabulary ORDER BY user_id LIMIT 1000000"
+).to_pandas()
 strings = tf.strings.join(["user", tf.strings.as_string(ids["user_id"].to_numpy())])
 served = tf.strings.to_hash_bucket_fast(strings, 1000).numpy()
 fingerprint = ids["fingerprint"].to_numpy()
-unsigned, signed = fingerprint.astype(np.uint64) % np.uint64(1000), np.abs(np.fmod(fingerprint, 1000))
-print(f"as TensorFlow has it: unsigned {np.mean(unsigned == served):.0%}, plain MOD {np.mean(signed == served):.0%}")
+unsigned, signed = (
+    fingerprint.astype(np.uint64) % np.uint64(1000),
+    np.abs(np.fmod(fingerprint, 1000)),
+)
+print(
+    f"as TensorFlow has it: unsigned {np.mean(unsigned == served):.0%}, plain MOD {np.mean(signed == served):.0%}"
+)
 
 # %% [markdown]
 # What does a hash cost? Two ids in one row are one and the same to the model. With m ids in n rows, a given id has its row
@@ -149,10 +156,16 @@ for factor in (0.5, 1, 2, 10, 100):
     n = int(m * factor)
     row = fingerprint.astype(np.uint64) % np.uint64(n)
     shared = (np.bincount(row.astype(np.int64), minlength=n)[row] > 1).mean()
-    sizes[f"hash, {factor:g} rows an id"] = [shared, 1 - (1 - 1 / n) ** (m - 1), factor * 100e6 * 64 * 4 / 1e9]
+    sizes[f"hash, {factor:g} rows an id"] = [
+        shared,
+        1 - (1 - 1 / n) ** (m - 1),
+        factor * 100e6 * 64 * 4 / 1e9,
+    ]
 sizes["vocabulary"] = [0.0, 0.0, 100e6 * (64 * 4 + 8) / 1e9]
 columns = ["ids that share a row", "expected", "GB for 100 M ids of 64 floats"]
-pd.DataFrame(sizes, index=columns).T.round({"ids that share a row": 2, "expected": 2, columns[2]: 0})
+pd.DataFrame(sizes, index=columns).T.round(
+    {"ids that share a row": 2, "expected": 2, columns[2]: 0}
+)
 
 # %% [markdown]
 # The vocabulary's row has 8 bytes more for each id, the id itself, which must be stored, loaded and searched wherever
@@ -176,7 +189,9 @@ warehouse.query(one, user=OOV_BUCKETS).to_pandas()
 
 # %%
 frequency = warehouse.run("item_frequencies.sql")["frequency"].to_numpy()
-print(f"{len(frequency):,} rows; the shared ones: {frequency[:OOV_BUCKETS]}, then {frequency[OOV_BUCKETS:][:5]} ...")
+print(
+    f"{len(frequency):,} rows; the shared ones: {frequency[:OOV_BUCKETS]}, then {frequency[OOV_BUCKETS:][:5]} ..."
+)
 
 # %% [markdown]
 # **A shard number for every row.** A warehouse hands rows out in whatever order it stores them: by user, by day. Files made
@@ -203,7 +218,11 @@ by_shard.to_pandas()
 sample = f"CREATE OR REPLACE TABLE route_rows CLUSTER BY shard AS SELECT * FROM export_rows WHERE shard < {SAMPLE_FILES}"
 _ = warehouse.query(sample)
 columns = {"user_id": "int64", "item_id": "int64", "rating": "float32", "timestamp": "int64"}
-here = Path(scale.run_folder(RUNS_DIR, SCALE, "chapter-2")) if warehouse.embedded else warehouse.storage
+here = (
+    Path(scale.run_folder(RUNS_DIR, SCALE, "chapter-2"))
+    if warehouse.embedded
+    else warehouse.storage
+)
 folder = f"{warehouse.storage}/chapter-2"
 made, read = {}, {}
 
@@ -213,7 +232,9 @@ made, read = {}, {}
 
 # %%
 for name in ("csv.gz", "csv"):
-    made[name] = routes.export_csv(warehouse, "route_rows", f"{folder}/{name}", columns, gzip=name == "csv.gz")
+    made[name] = routes.export_csv(
+        warehouse, "route_rows", f"{folder}/{name}", columns, gzip=name == "csv.gz"
+    )
     read[name] = routes.read_csv(made[name], columns, BATCH_SIZE)
 with tf.io.gfile.GFile(made["csv"][0]) as stream:
     print(stream.readline(), stream.readline(), sep="", end="")
@@ -236,7 +257,9 @@ print(len(first), "bytes for one row:", first[:60], "...")
 # %%
 made["parquet"] = routes.export_parquet(warehouse, "route_rows", f"{folder}/parquet", columns)
 source = conversion.ParquetFiles(made["parquet"], about={"table": "route_rows"})
-from_parquet = conversion.convert(warehouse.local(f"{folder}/from-parquet"), source, columns, seed=SEED)
+from_parquet = conversion.convert(
+    warehouse.local(f"{folder}/from-parquet"), source, columns, seed=SEED
+)
 read["parquet"] = record_batches.read(from_parquet)
 print(source.schema.to_string(show_field_metadata=False))
 
@@ -246,9 +269,14 @@ print(source.schema.to_string(show_field_metadata=False))
 
 # %%
 source = conversion.TableShards(warehouse, "route_rows")
-manifest = conversion.convert(warehouse.local(f"{folder}/record-batches"), source, columns, seed=SEED)
+manifest = conversion.convert(
+    warehouse.local(f"{folder}/record-batches"), source, columns, seed=SEED
+)
 made["storage read"], read["storage read"] = manifest.paths, record_batches.read(manifest)
-print("files equal to those of route 3:", [f.sha256 for f in manifest.files] == [f.sha256 for f in from_parquet.files])
+print(
+    "files equal to those of route 3:",
+    [f.sha256 for f in manifest.files] == [f.sha256 for f in from_parquet.files],
+)
 
 # %% [markdown]
 # The two routes end in the same bytes: the order of rows within a file is made from the rows and the seed, since the
@@ -303,7 +331,16 @@ print(benchmark["machine"], benchmark["date"][:10])
 
 # %%
 once = {"parquet": "write record batches", "record batches": "export storage read"}
-names = ["csv.gz", "csv", "tfrecord row", "packed", "parquet", "table stream", "record batches GZIP", "record batches"]
+names = [
+    "csv.gz",
+    "csv",
+    "tfrecord row",
+    "packed",
+    "parquet",
+    "table stream",
+    "record batches GZIP",
+    "record batches",
+]
 speed = pd.DataFrame(
     {
         "M rows/s": [value[name] for name in names],
@@ -311,7 +348,9 @@ speed = pd.DataFrame(
         "to": [of[name]["max"] for name in names],
         "bytes a row": [value.get(f"bytes/row {name}", np.nan) for name in names],
         "hours, 50 billion rows": [50e9 / value[name] / 3.6e9 for name in names],
-        "TB, 50 billion rows": [50e9 * value.get(f"bytes/row {name}", np.nan) / 1e12 for name in names],
+        "TB, 50 billion rows": [
+            50e9 * value.get(f"bytes/row {name}", np.nan) / 1e12 for name in names
+        ],
     },
     index=names,
 )
@@ -327,8 +366,16 @@ figure, (axis, bars) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained"
 stored = speed.dropna()
 axis.scatter(stored["M rows/s"], stored["bytes a row"], s=40, color="C0")
 for name, row in stored.iterrows():
-    axis.annotate(name, (row["M rows/s"], row["bytes a row"]), (5, 4), textcoords="offset points", fontsize=8)
-axis.set(xscale="log", yscale="log", xlabel="M rows/s", ylabel="bytes a row", title="To the right: faster. Down: smaller")
+    axis.annotate(
+        name, (row["M rows/s"], row["bytes a row"]), (5, 4), textcoords="offset points", fontsize=8
+    )
+axis.set(
+    xscale="log",
+    yscale="log",
+    xlabel="M rows/s",
+    ylabel="bytes a row",
+    title="To the right: faster. Down: smaller",
+)
 axis.margins(x=0.35, y=0.15)
 shown = bars.barh(names[::-1], speed["hours, 50 billion rows"][::-1])
 bars.bar_label(shown, fmt="%.1f", padding=3, fontsize=8)
@@ -337,12 +384,20 @@ bars.margins(x=0.2)
 
 # %%
 ratio, raw = of["record batches / csv.gz"], of["record batches / raw read"]
-print(f"record batches read {ratio['value']:.0f} times as fast as gzipped CSV ({ratio['min']:.0f} to {ratio['max']:.0f})")
-print(f"and reach {raw['value']:.0%} of the same files read without decoding ({raw['min']:.0%} to {raw['max']:.0%})")
+print(
+    f"record batches read {ratio['value']:.0f} times as fast as gzipped CSV ({ratio['min']:.0f} to {ratio['max']:.0f})"
+)
+print(
+    f"and reach {raw['value']:.0%} of the same files read without decoding ({raw['min']:.0%} to {raw['max']:.0%})"
+)
 print(f"CSV against TFRecord by row: {value['csv'] / value['tfrecord row']:.2f}")
-print(f"gzip: CSV {value['csv.gz'] / value['csv']:.2f} of the speed, {value['bytes/row csv.gz'] / value['bytes/row csv']:.2f} of the bytes")
-print(f"record batches {value['record batches GZIP'] / value['record batches']:.2f} of the speed,",
-      f"{value['bytes/row record batches GZIP'] / value['bytes/row record batches']:.2f} of the bytes")
+print(
+    f"gzip: CSV {value['csv.gz'] / value['csv']:.2f} of the speed, {value['bytes/row csv.gz'] / value['bytes/row csv']:.2f} of the bytes"
+)
+print(
+    f"record batches {value['record batches GZIP'] / value['record batches']:.2f} of the speed,",
+    f"{value['bytes/row record batches GZIP'] / value['bytes/row record batches']:.2f} of the bytes",
+)
 
 # %% [markdown]
 # Three of the book's open questions are answered in these lines.
@@ -360,7 +415,9 @@ print(f"record batches {value['record batches GZIP'] / value['record batches']:.
 # %%
 making = ["csv.gz", "csv", "tfrecord row", "packed", "parquet", "storage read"]
 made_at = pd.Series({name: value[f"export {name}"] for name in making}, name="M rows/s")
-made_at["parquet, then converted"] = 1 / (1 / value["export parquet"] + 1 / value["write record batches"])
+made_at["parquet, then converted"] = 1 / (
+    1 / value["export parquet"] + 1 / value["write record batches"]
+)
 made_at.round(2).to_frame()
 
 # %% [markdown]
@@ -370,9 +427,13 @@ made_at.round(2).to_frame()
 # %%
 for size in ("2M", "50M"):
     peak = value[f"write record batches, {size} rows: peak memory"]
-    print(f"{size} rows of Parquet to record batches: {value[f'write record batches, {size} rows']:.1f} M rows/s, {peak:,.0f} MB")
-print(f"{value['storage read, 50M rows: rows']:,.0f} rows through route 4 at {value['storage read, 50M rows']:.1f} M rows/s;",
-      f"{value['storage read, 50M rows: checks equal']:.0f} counts, sums and fingerprints equal to the warehouse's own")
+    print(
+        f"{size} rows of Parquet to record batches: {value[f'write record batches, {size} rows']:.1f} M rows/s, {peak:,.0f} MB"
+    )
+print(
+    f"{value['storage read, 50M rows: rows']:,.0f} rows through route 4 at {value['storage read, 50M rows']:.1f} M rows/s;",
+    f"{value['storage read, 50M rows: checks equal']:.0f} counts, sums and fingerprints equal to the warehouse's own",
+)
 
 # %% [markdown]
 # ## What gets lost on the way
@@ -382,7 +443,9 @@ print(f"{value['storage read, 50M rows: rows']:,.0f} rows through route 4 at {va
 
 # %%
 survival = pd.DataFrame(route_checks.survival(warehouse))
-outcomes = survival.pivot(index="case", columns="route", values="outcome").loc[list(route_checks.CASES), list(route_checks.ROUTES)]
+outcomes = survival.pivot(index="case", columns="route", values="outcome").loc[
+    list(route_checks.CASES), list(route_checks.ROUTES)
+]
 outcomes.map(lambda outcome: outcome if len(outcome) < 24 else outcome[:22] + " ...")
 
 # %% [markdown]
@@ -432,7 +495,11 @@ for damage in ("truncated", "flipped"):
     written = record_batches.write(scratch, [table], columns)
     path = Path(written.paths[0])
     whole = path.read_bytes()
-    path.write_bytes(whole[:-100] if damage == "truncated" else whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    path.write_bytes(
+        whole[:-100]
+        if damage == "truncated"
+        else whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]
+    )
     try:
         record_batches.verify(record_batches.Manifest.load(scratch))
     except ValueError as error:
@@ -453,8 +520,10 @@ finished = conversion.convert(broken_off, source, columns, seed=SEED)
 print("equal to the undisturbed one:", finished.files == manifest.files)
 
 # %%
-print(f"killed {value['kills, then equal to an undisturbed conversion']:.0f} times in a row, then equal to an undisturbed one:",
-      f"{benchmark['date'][:10]}, 50 million rows")
+print(
+    f"killed {value['kills, then equal to an undisturbed conversion']:.0f} times in a row, then equal to an undisturbed one:",
+    f"{benchmark['date'][:10]}, 50 million rows",
+)
 
 # %% [markdown]
 # ## Past one machine
@@ -480,3 +549,55 @@ print(f"killed {value['kills, then equal to an undisturbed conversion']:.0f} tim
 # %%
 plan = costs.routes_plan(50e9, costs.load_prices(), costs.load_benchmark())
 print(plan[plan.index("AT 50") :][:900])
+
+# %% [markdown]
+# ## What to do
+#
+# - **More than one epoch: route 4.** Storage Read streams into record batches. It is the fastest to read by far, nothing is text on the way,
+#   every type arrives as it was or is refused by name, and there is a single set of files to look after.
+# - **Exports that exist already, or a team that may not use the Storage Read API: route 3.** The same files in the end,
+#   one more copy of the data in between.
+# - **One pass over fresh data: route 5**, straight from the table. No files, no shuffle; read twice, pay twice.
+# - **CSV** for people to look at. **One Example a row** where somebody else's pipeline insists.
+# - **Packing in SQL** works where no machine of yours may run a converter and all columns are integers.
+# - **gzip** on what is stored or sent far, not on what is read in every epoch.
+# - **Hash** the ids where new ones come every day or a vocabulary of hundreds of millions would have to travel with the model, with a few
+#   rows for each id; otherwise take the **vocabulary**, with its rare ids in shared rows.
+#
+# ## Summary
+#
+# - SQL splits, numbers, hashes, gathers histories and shards; then there is nothing left for Python to parse.
+# - A row-by-row format pays for each row in every epoch. Columns of thousands of rows are copied, not parsed.
+# - An export is a folder with a manifest, written last. What the manifest does not name is not data.
+# - A killed export is continued by the same call; a damaged one is found by name; an unwanted value is refused with its
+#   column and row.
+# - The plan prints bytes, hours and money before a query runs.
+#
+# ## Exercises
+#
+# 1. Give the rating the dtype `int8` in `columns`, then `float16`. Which rows are refused, and what do the others lose?
+#    What are the bytes a row?
+# 2. Read only `item_id`: `record_batches.read(manifest, ["item_id"])`. How much faster is it than all four columns, and why
+#    not four times as fast?
+# 3. Export the same rows in the table's own order (`SELECT 0 AS shard, ...`). How large are the Parquet files now, and why?
+#    What would a model see that reads them in order?
+# 4. Add a column of strings, the film's title, and read it back. What does a title cost in rows/s against an id?
+# 5. Make a route 7 and put it into the benchmark: ORC, Avro, or whatever your team uses. Does it change the recommendation?
+
+# %%
+values = {f"rows {name}": (len(truth) if same else -1, "rows") for name, same in equal.items()}
+size = {
+    name: sum(tf.io.gfile.stat(path).length for path in paths)
+    for name, paths in made.items()
+    if name != "parquet"
+}
+values |= {f"bytes/row {name}": (total / len(truth), "bytes") for name, total in size.items()}
+values |= {f"ids that share a row, {name}": (share, "") for name, (share, *_) in sizes.items()}
+values |= {
+    "hash equal to TensorFlow": (np.mean(unsigned == served), ""),
+    "rows": (num_rows, "rows"),
+}
+kept = survival.groupby("route")["outcome"].agg(lambda outcomes: (outcomes == "kept").sum())
+values |= {f"cases kept, {route}": (count, f"of {len(outcomes)}") for route, count in kept.items()}
+scale.record_metrics(RUNS_DIR, SCALE, "chapter-2", values, dataset=DATASET)
+warehouse.close()

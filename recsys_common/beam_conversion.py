@@ -91,11 +91,11 @@ def _unit(work: Conversion, number: int) -> None:
 
 
 def _columns(text: str) -> dict[str, str]:
+    columns = dict(pair.partition(":")[::2] for pair in text.split(","))
     try:
-        columns = [Column(*pair.split(":")) for pair in text.split(",")]
-    except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected name:dtype,name:dtype,... ({error})") from error
-    return {column.name: column.dtype for column in columns}
+        return {name: Column(name, dtype).dtype for name, dtype in columns.items()}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name:dtype,name:dtype,...: {error}") from error
 
 
 def _arguments(words: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -104,6 +104,7 @@ def _arguments(words: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
     parser = argparse.ArgumentParser(
         prog="python -m recsys_common.beam_conversion",
+        usage="%(prog)s (--parquet PATTERN | --table TABLE) --to FOLDER --columns COLUMNS [options] [Beam's flags]",
         description="Convert Parquet files or a table into record batches with Apache Beam; killed, it continues.",
         epilog="All other flags are Beam's, such as --runner DataflowRunner; the module's docstring names the usual.",
         allow_abbrev=False,
@@ -111,26 +112,28 @@ def _arguments(words: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--parquet", metavar="PATTERN", help="files, such as 'gs://bucket/export/*.parquet'")
     source.add_argument("--table", help="a BigQuery table of --dataset with a column `shard`")
-    parser.add_argument(
-        "--to", required=True, metavar="FOLDER", help="an export there is replaced by the whole new one"
-    )
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="replaces an export there, once it is whole")
     parser.add_argument("--columns", required=True, type=_columns, help="such as user_id:int64,rating:float32")
     parser.add_argument("--where", action="append", default=[], metavar="NAME=VALUE", help="which rows of --table")
     parser.add_argument("--project", default="", help="Google Cloud project to bill, for --table and for Dataflow")
     parser.add_argument("--bucket", default="", help="Cloud Storage bucket of the warehouse, without gs://")
     parser.add_argument("--dataset", default=bigquery.DATASET, help="of --table (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows (%(default)s)")
-    parser.add_argument("--compression", choices=["", "GZIP"], default="", help="of the files (none)")
+    parser.add_argument("--compression", choices=["GZIP"], default="", help="of the files; none if not given")
     parser.add_argument("--rows-per-file", type=int, default=ROWS_PER_FILE, help="at most (%(default)s)")
     given, flags = parser.parse_known_args(words)
     flags += [f"--project={given.project}"] * bool(given.project)
     options = PipelineOptions(flags)
     if unknown := options.get_all_options(retain_unknown_options=True).keys() - options.get_all_options().keys():
         parser.error(f"--{', --'.join(sorted(unknown))}: a flag neither of this command nor of Beam")
-    if given.table and not (given.project and given.bucket or scale.rehearsing()):
+    if given.table and not ((given.project and given.bucket) or scale.rehearsing()):
         parser.error("--table needs --project and --bucket: without them there is no warehouse that has it")
-    if given.rows_per_file < 1 or (given.where and given.parquet) or not all("=" in where for where in given.where):
-        parser.error("--rows-per-file is 1 or more; --where is name=value, and for --table")
+    if given.rows_per_file < 1:
+        parser.error(f"--rows-per-file {given.rows_per_file}: expected 1 or more")
+    if given.where and (given.parquet or not all("=" in where for where in given.where)):
+        parser.error(
+            f"--where {' '.join(given.where)}: expected name=value, and --table: Parquet files are taken whole"
+        )
     return given, flags
 
 
@@ -139,7 +142,7 @@ def main(words: list[str] | None = None) -> int:
     # Beam warns of what it was installed without, and logs what an exception says as well.
     logging.basicConfig(level=logging.CRITICAL)
     logging.getLogger("apache_beam.runners.dataflow").setLevel(logging.INFO)  # where the job is, and how far
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 
     try:
@@ -152,7 +155,7 @@ def main(words: list[str] | None = None) -> int:
                 warehouse = stack.enter_context(bigquery.connect(given.project, given.bucket, given.dataset))
                 source = TableShards(warehouse, given.table, dict(where.split("=", 1) for where in given.where))
             manifest = convert(given.to, source, given.columns, flags, **begin_options)
-    except (ImportError, OSError, RuntimeError, ValueError, GoogleAPICallError, GoogleAuthError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, GoogleAPIError, GoogleAuthError) as error:
         advice = " Install the extra: pip install 'recsys-common[beam]'." if isinstance(error, ImportError) else ""
         print(f"error: {error}{advice}", file=sys.stderr)
         return 1

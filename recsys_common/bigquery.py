@@ -281,9 +281,16 @@ class Warehouse:
         at = "" if self.embedded else f" FOR SYSTEM_TIME AS OF TIMESTAMP '{snapshot}'"
         where = f" WHERE {condition}" if condition else ""
         counts = self.query(f"SELECT shard, COUNT(*) AS n FROM {plain(table)}{at}{where} GROUP BY shard ORDER BY shard")
-        if counts.num_rows == 0:
-            raise ValueError(f"table {table!r} has no rows{where}; there is nothing to export")
-        return snapshot, dict(zip(counts["shard"].to_pylist(), counts["n"].to_pylist(), strict=True)), condition
+        shards = dict(zip(counts["shard"].to_pylist(), counts["n"].to_pylist(), strict=True))
+        if not shards:
+            condition = f" where {condition}" if condition else ""
+            raise ValueError(f"table {table!r} has no rows{condition}; there is nothing to export")
+        if None in shards:
+            raise ValueError(
+                f"table {table!r}: column 'shard' is NULL in {shards[None]:,} rows, which no file would hold; expected "
+                "0 to n-1. See sql/examples.sql for a shard number that is never NULL."
+            )
+        return snapshot, shards, condition
 
     def changed(self, table: str) -> str:
         """When a table was last changed."""

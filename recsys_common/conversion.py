@@ -29,7 +29,7 @@ from pyarrow import fs
 from tqdm import tqdm
 
 from recsys_common import scale
-from recsys_common.record_batches import Column, File, Manifest, batch_rows, schema, write_file
+from recsys_common.record_batches import VERSION, Column, File, Manifest, batch_rows, schema, write_file
 
 ROWS_PER_FILE = 4_000_000  # 112 MB of two ids, a rating and a time
 ATTEMPTS = 3  # for a unit whose source breaks half-way
@@ -44,21 +44,24 @@ class ParquetFiles:
     """Parquet files as a source: one unit a file.
 
     Args:
-      pattern: a glob such as "gs://bucket/export/*.parquet", or a list of paths.
+      pattern: a glob such as "gs://bucket/export/*.parquet", or a list of paths and globs.
       about: where the files came from (SQL, parameters, table); goes into the manifest.
 
     Raises:
-      FileNotFoundError: no file matches.
-      ValueError: the files do not have the same columns; names two of them and the column.
+      FileNotFoundError: no file matches, or none matches one of the list.
+      ValueError: not Parquet, or the files do not have the same columns; names two of them and the column.
+      OSError: a file that cannot be read.
     """
 
     breaks = ()  # a file that cannot be read today cannot be read at once afterwards
 
     def __init__(self, pattern: str | list[str], about: dict | None = None):
-        self.units = sorted(tf.io.gfile.glob(pattern))
-        if not self.units:
-            raise FileNotFoundError(f"{pattern}: no such files")
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
         with ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(self._find, patterns))
+            if missing := [each for each, paths in zip(patterns, found, strict=True) if not paths] or not patterns:
+                raise FileNotFoundError(f"{missing}: no such files")
+            self.units = sorted({path for paths in found for path in paths})
             footers = list(pool.map(self._footer, self.units))
         self.rows, schemas = zip(*footers, strict=True)
         self.schema = schemas[0]
@@ -69,12 +72,24 @@ class ParquetFiles:
         self.state = [[unit, stat.length, stat.mtime_nsec] for unit, stat in zip(self.units, sizes, strict=True)]
 
     @staticmethod
-    def _open(path: str) -> pq.ParquetFile:
+    def _find(pattern: str) -> list[str]:
+        # A path may have brackets in it, as a glob has.
+        return [pattern] if tf.io.gfile.exists(pattern) else tf.io.gfile.glob(pattern)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _open(path: str) -> Iterator[pq.ParquetFile]:
         files, place = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
         try:
-            return pq.ParquetFile(place, filesystem=files)
+            # Checksums are optional in Parquet, and by default not even looked at.
+            with pq.ParquetFile(place, filesystem=files, page_checksum_verification=True) as file:
+                yield file
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a whole Parquet file ({error}). Export it again.") from error
+        except FileNotFoundError:
+            raise  # it names the file
+        except OSError as error:
+            raise OSError(f"{path}: could not be read ({error}). If it is damaged, export it again.") from error
 
     def _footer(self, path: str) -> tuple[int, pa.Schema]:
         with self._open(path) as file:
@@ -104,15 +119,22 @@ class TableShards:
       equal: column -> value that rows must have, such as {"split": "train"}.
 
     Raises:
-      ValueError: no row matches.
+      ValueError: no row matches, or a row has no shard.
     """
 
     def __init__(self, warehouse, table: str, equal: dict[str, str] | None = None):
-        from google.api_core.exceptions import GoogleAPICallError
+        from google.api_core.exceptions import GoogleAPIError
 
-        self.breaks = (GoogleAPICallError, Incomplete)
+        self.breaks = (GoogleAPIError, Incomplete)
         self.warehouse, self.table = warehouse, table
+        # Before the rows are looked at: should they change in between, what is read now is not taken up later.
+        changed = warehouse.changed(table)
         self.snapshot, counts, self.where = warehouse.shard_counts(table, equal or {})
+        if None in counts:
+            raise ValueError(
+                f"table {table!r}: column 'shard' is NULL in {counts[None]:,} rows, which would be left out; expected "
+                "0 to n-1. Replace it in the SQL that makes the table."
+            )
         self.rows, self._shards = list(counts.values()), list(counts)
         self.units = [f"{table}, shard {shard}" for shard in counts]
         self.schema = warehouse.open(table, streams=1, snapshot=self.snapshot).arrow_schema
@@ -122,7 +144,7 @@ class TableShards:
             "snapshot_time": self.snapshot,
         }
         # The time of a snapshot differs from call to call; whether the table changed does not depend on it.
-        self.state = [warehouse.changed(table), self.where, self.rows]
+        self.state = [warehouse.project, warehouse.dataset, table, changed, self.where, self.rows]
 
     def blocks(self, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The rows of a unit in blocks. Units are read in parallel, so each takes a single stream."""
@@ -161,11 +183,6 @@ class Conversion:
         for attempt in range(ATTEMPTS):
             try:
                 files = list(self._files(number))
-                if (found := sum(file.rows for file in files)) != self.source.rows[number]:
-                    raise Incomplete(
-                        f"{self.source.units[number]}: read {found:,} rows, it has {self.source.rows[number]:,}. A "
-                        "stream broke, or the source changed while it was read: run the same command again."
-                    )
             except self.source.breaks:
                 if attempt + 1 == ATTEMPTS:
                     raise
@@ -176,8 +193,11 @@ class Conversion:
 
     def _files(self, number: int) -> Iterator[File]:
         names = [column.name for column in self.columns]
-        held, rows, part = [], 0, 0
+        held, rows, part, found, expected = [], 0, 0, 0, self.source.rows[number]
         for block in self.source.blocks(number, names):
+            found += block.num_rows
+            if found > expected:
+                break  # at once: a stream that breaks and starts over, again and again, would never end
             while block.num_rows:
                 taken = block.slice(0, self.rows_per_file - rows)
                 block = block.slice(taken.num_rows)
@@ -186,6 +206,11 @@ class Conversion:
                 if rows == self.rows_per_file:
                     yield self._file(number, part, held)
                     held, rows, part = [], 0, part + 1
+        if found != expected:
+            raise Incomplete(
+                f"{self.source.units[number]}: {found:,} rows arrived{' so far' * (found > expected)}, it has "
+                f"{expected:,}. A stream broke, or the source changed while it was read: run the same command again."
+            )
         if held:
             yield self._file(number, part, held)
 
@@ -193,6 +218,8 @@ class Conversion:
         table, name = pa.Table.from_batches(blocks), f"part-{number:05d}-{part:03d}"
         blocks.clear()
         where, seed = self.source.units[number], self.seed + number
+        if part:  # rows in an error are counted from there
+            where += f", rows after the first {part * self.rows_per_file:,}"
         return write_file(self.folder, name, table, self.columns, self.rows_per_record, seed, self.compression, where)
 
     def _receipt(self, number: int) -> str:
@@ -234,11 +261,18 @@ def begin(
     """Begin a conversion into `folder`, or take up one of the same source, columns and options that was killed.
 
     Args: as for `convert`.
+
+    Raises:
+      ValueError: a column that the source does not have, no rows in a file.
     """
     folder, columns = os.fspath(folder), schema(columns, source.schema)
     rows_per_record = rows_per_record or batch_rows(columns)
+    if missing := [column.name for column in columns if column.name not in source.schema.names]:
+        raise ValueError(f"{source.units[0]}: no column {', '.join(missing)}; it has {', '.join(source.schema.names)}")
+    if rows_per_file < 1:
+        raise ValueError(f"rows_per_file {rows_per_file}, expected 1 or more")
     options = (columns, rows_per_record, seed, rows_per_file, compression)
-    same = hashlib.sha256(repr((source.state, options)).encode()).hexdigest()
+    same = hashlib.sha256(repr((VERSION, source.state, options)).encode()).hexdigest()
     plan = os.path.join(folder, PLAN)
     tf.io.gfile.makedirs(folder)
     there, numbers = set(tf.io.gfile.listdir(folder)), range(len(source.units))

@@ -3,12 +3,11 @@
     python -m recsys_common.costs --chapter 2 --rows 1e9                (make plan SCALE=full CHAPTER=2)
     python -m recsys_common.costs --chapter 2 --table p.shop.ratings    rows and a dry run from BigQuery
 
-Bytes come from the columns that each step reads and the number of rows. With `--table`, BigQuery is asked for the
-table's rows and for a dry run; both are free. Prices stand in `prices.json`, each with its source and the day on which
-it was read, or marked unread; what has no price is printed as an amount. Hours and bytes in files come from
-`benchmarks/data_export.json`, which `make bench` writes in a checkout.
+Bytes are columns times rows. With `--table`, BigQuery is asked for the table's rows and for a dry run; both are free.
+Prices stand in `prices.json`, each with its source and the day on which it was read, or marked unread: then amounts are
+printed. Hours and bytes in files come from `benchmarks/data_export.json`, which `make bench` writes in a checkout.
 
-Needs: scale.py prices.json
+Needs: scale.py sql/ prices.json
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from recsys_common import scale
 
-PRICES = Path(__file__).parent / "prices.json"
+SQL_FOLDER, PRICES = Path(__file__).parent / "sql", Path(__file__).parent / "prices.json"
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "data_export.json"
 FULL_ROWS = 50e9
 # What a unit in prices.json begins with: how many bytes or hours that is.
@@ -52,21 +51,20 @@ ROAD = (
     ("record batches of two int32 columns, in Cloud Storage", 8, 0, "cloud_storage"),
 )
 
-OWN = 4 * NUMBER  # user_id, item_id, rating, timestamp
-SHARDED = 5 * NUMBER  # and shard
+COLUMNS, SHARDED = 4 * NUMBER, 5 * NUMBER  # user_id, item_id, rating, timestamp; and shard
+# Chapter 2: the statements that read the reader's own table, bytes a row. The second reads both ids twice.
+STATEMENTS = {"check_ratings.sql": COLUMNS, "export_rows.sql": COLUMNS + 2 * NUMBER}
 ROWS_PER_FILE = 4_000_000  # and a shard, as in conversion.py
-
-
-# Chapter 2: route -> (the price at which all rows leave BigQuery; the files that stay, as `bytes/row ...` of the
-# benchmark names them, EXPORT DATA's first; whether machines of ours make them, so that making takes paid hours).
+# Route -> the price at which rows leave BigQuery; the files that stay, as `bytes/row ...` of the benchmark names them,
+# EXPORT DATA's first; the case in which machines of ours make files, for paid hours; the case that reads an epoch.
 ROUTES = {
-    "csv.gz": ("query", ["csv.gz"], False),
-    "csv": ("query", ["csv"], False),
-    "tfrecord row": ("storage_read", ["tfrecord row"], True),
-    "parquet": ("query", ["parquet", "storage read"], True),  # becomes the record batches of `storage read`; both stay
-    "storage read": ("storage_read", ["storage read"], True),
-    "table stream": ("storage_read", [], False),
-    "packed": ("query", ["packed"], False),
+    "csv.gz": ("query", ["csv.gz"], "", "csv.gz"),
+    "csv": ("query", ["csv"], "", "csv"),
+    "tfrecord row": ("storage_read", ["tfrecord row"], "export tfrecord row", "tfrecord row"),
+    "parquet": ("query", ["parquet", "record batches"], "write record batches", "record batches"),
+    "storage read": ("storage_read", ["record batches"], "export storage read", "record batches"),
+    "table stream": ("storage_read", [], "", "table stream"),
+    "packed": ("query", ["packed"], "", "packed"),
 }
 
 
@@ -158,9 +156,9 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B" if value else figure(value)
 
 
-def hours(rows: float, speed: float | None) -> float | None:
-    """Hours for `rows` at `speed` million rows a second; None at an unknown speed."""
-    return rows / (speed * 1e6) / 3600 if speed else None
+def hours(rows: float, cases: set[str], measured: dict[str, float]) -> float | None:
+    """Hours for `rows` in all these cases, one after another; None where one was not measured."""
+    return sum(rows / measured[case] for case in cases) / 3.6e9 if cases <= set(measured) else None
 
 
 def road_plan(rows: float, ids: float, prices: dict[str, dict]) -> str:
@@ -180,61 +178,58 @@ def road_plan(rows: float, ids: float, prices: dict[str, dict]) -> str:
 def load_benchmark(path: str | Path = BENCHMARK) -> dict | None:
     """`benchmarks/data_export.json` with its rows as {case: value}; None where it is not there.
 
-    Raises:
-      ValueError: a speed that is not in million rows a second, or a value that is not positive.
+    Raises ValueError for a speed that is not in million rows a second, or a value that is not positive.
     """
     if not Path(path).is_file():
         return None
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content, used = json.loads(Path(path).read_text(encoding="utf-8")), {}
+    for name, (_, files, worker, epoch) in ROUTES.items():
+        used |= {f"bytes/row {file}": "bytes" for file in files}
+        used |= dict.fromkeys([f"export {name}", worker, epoch], "M rows/s")
     for row in content["rows"]:
-        speed = row["case"].removeprefix("export ") in ROUTES
-        if (speed and row["unit"] != "M rows/s") or not row["value"] > 0:
-            raise ValueError(f"{path}, {row['case']!r}: {row['value']} {row['unit']}, expected M rows/s above 0")
+        if (unit := used.get(row["case"], "")) and not (row["unit"] == unit and row["value"] > 0):
+            raise ValueError(f"{path}, {row['case']!r}: {row['value']} {row['unit']}, expected {unit} above 0")
     return content | {"rows": {row["case"]: row["value"] for row in content["rows"]}}
 
 
 def amounts(name: str, rows: float, own: float, measured: dict[str, float]) -> dict[str, float | None]:
-    """What one of `ROUTES` uses, as `bill` takes it: to make its files, or to read an epoch where it has none.
-
-    `own` is the bytes that one scan of the reader's table takes, `measured` the benchmark's case -> value.
-    """
-    billed, files, worker = ROUTES[name]
+    """What a route uses, for `bill`; `own` is the bytes that `STATEMENTS` scan, `measured` the benchmark's rows."""
+    billed, files, worker, _ = ROUTES[name]
     widths = [measured.get(f"bytes/row {file}") for file in files]
     written = [None if width is None else rows * width for width in widths]
     return {
-        # Every route checks the reader's table and makes the table with shards; an export counts its rows by shard.
-        "query": 2 * own + rows * (NUMBER * bool(files) + SHARDED * (billed == "query")),
-        "storage_read": rows * (SHARDED if files else OWN) * (billed == "storage_read"),
+        # Every route checks the reader's table and makes export_rows; an export counts its rows by shard.
+        "query": own + rows * (NUMBER * bool(files) + SHARDED * (billed == "query")),
+        "storage_read": rows * (SHARDED if files else COLUMNS) * (billed == "storage_read"),
         "export": written[0] if billed == "query" else 0,
         "bigquery_storage": rows * SHARDED,
         "cloud_storage": None if None in written else sum(written),
-        "worker": hours(rows, measured.get(f"export {name}")) if worker else 0,
+        "worker": hours(rows, {worker}, measured) if worker else 0,
     }
 
 
-def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dry_run: int | None = None) -> str:
+def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dry_run: dict | None = None) -> str:
     """Chapter 2: what is scanned and how that is known, then every route at `rows` and at 50 billion rows.
 
-    `dry_run` is the bytes of a dry run over the four columns of the reader's table, None where there was none.
+    `dry_run` is the bytes of `STATEMENTS` over the reader's table, None where there was no dry run.
     """
-    sizes = {FULL_ROWS: FULL_ROWS * OWN} if rows == FULL_ROWS else {rows: rows * OWN, FULL_ROWS: FULL_ROWS * OWN}
+    sizes = {n: {file: n * a_row for file, a_row in STATEMENTS.items()} for n in (rows, FULL_ROWS)}
     sizes[rows] = dry_run or sizes[rows]
     lines = ["", f"{'bytes':58}{'a row':>6}" + "".join(f"{f'{n:,.0f} rows':>26}" for n in sizes)]
     for what, a_row in (
-        ("your table, four columns: check_ratings.sql", OWN),
-        ("your table, four columns: to make the table with shards", OWN),
-        ("the table with shards: stored", SHARDED),
-        ("the table with shards: rows in each shard, for files", NUMBER),
-        ("the table with shards: EXPORT DATA, or packing in SQL", SHARDED),
-        ("the table with shards: Storage Read into files", SHARDED),
-        ("the table with shards: Storage Read, a table stream", OWN),
+        *((f"{file}: your table", a_row) for file, a_row in STATEMENTS.items()),
+        ("export_rows, stored", SHARDED),
+        ("export_rows: rows in each shard, for files", NUMBER),
+        ("export_rows: EXPORT DATA, or packing in SQL", SHARDED),
+        ("export_rows: Storage Read into files", SHARDED),
+        ("export_rows: Storage Read, a table stream", COLUMNS),
     ):
         cells = [f"{size(n * a_row)}, schema x rows" for n in sizes]
-        if what.startswith("your") and dry_run:
-            cells[0] = f"{size(dry_run)}, dry run"
+        if what.endswith("your table") and dry_run:
+            cells[0] = f"{size(dry_run[what.split(':')[0]])}, dry run"
         lines.append(f"{what:58}{a_row:6}" + "".join(f"{cell:>26}" for cell in cells))
     lines.append(
-        "Schema x rows: 8 bytes a value. The table with shards does not exist yet, so no dry run can know it. It is"
+        "Schema x rows: 8 bytes a value. The table export_rows does not exist yet, so no dry run can know it. It is"
     )
     lines.append("clustered by shard: a statement for one shard is taken to scan that shard alone.")
     measured = benchmark["rows"] if benchmark else {}
@@ -242,12 +237,12 @@ def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dr
     widths = (11, 11, 12, 12, 9, 15, 16)
     for n, own in sizes.items():
         lines += ["", f"AT {n:,.0f} ROWS", f"{'route':14}" + "".join(map(str.rjust, heads, widths))]
-        used = {name: amounts(name, n, own, measured) for name in ROUTES}
-        for name, (_, files, _) in ROUTES.items():
+        used = {name: amounts(name, n, sum(own.values()), measured) for name in ROUTES}
+        for name, (_, files, worker, epoch) in ROUTES.items():
             cells = [size(used[name][k]) for k in ("query", "storage_read", "bigquery_storage", "cloud_storage")]
             cells += [f"{math.ceil(n / ROWS_PER_FILE) * len(files):,}" if files else "-"]
-            cells += [figure(hours(n, measured.get(f"export {name}")) if files else 0)]
-            cells += [figure(hours(n, measured.get(name)))]
+            making = {f"export {name}", worker} - {""}  # Parquet is exported, then converted
+            cells += [figure(hours(n, making, measured) if files else 0), figure(hours(n, {epoch}, measured))]
             lines.append(f"{name:14}" + "".join(map(str.rjust, cells, widths)))
         lines += ["", f"{'route':14}costs to make, read for one epoch from BigQuery, and keep for a month"]
         lines += [f"{name:14}{bill(used[name], prices)}" for name in ROUTES]
@@ -266,19 +261,24 @@ def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dr
     return "\n".join(lines + price_list(prices))
 
 
-def look_up(client, table: str) -> tuple[int | None, int | None]:
-    """The table's rows, None for a view, and a dry run's bytes for its four columns, None where BigQuery says 0.
+def look_up(client, table: str) -> tuple[int | None, dict[str, int] | None]:
+    """The table's rows, None for a view; and a dry run's bytes of `STATEMENTS`, None where BigQuery says 0.
 
     Raises ValueError where BigQuery refuses: no such table or column, no permission.
     """
     from google.api_core.exceptions import GoogleAPICallError
     from google.cloud import bigquery
 
+    config = bigquery.QueryJobConfig(query_parameters=[bigquery.ScalarQueryParameter("shards", "INT64", 1)])
     # A dry run bills nothing, and is there to say how far a query is above any limit.
-    config = bigquery.QueryJobConfig(dry_run=True, use_query_cache=False, maximum_bytes_billed=2**62)
+    config.dry_run, config.use_query_cache, config.maximum_bytes_billed = True, False, 2**62
+    ratings, found = f"WITH ratings AS (SELECT user_id, item_id, rating, timestamp FROM `{table}`)", {}
     try:
-        job = client.query(f"SELECT user_id, item_id, rating, timestamp FROM `{table}`", job_config=config)
-        return client.get_table(table).num_rows or None, job.total_bytes_processed or None
+        for file in STATEMENTS:
+            select = (SQL_FOLDER / file).read_text().split(" AS\n", 1)[-1].rstrip().removesuffix(";")
+            job = client.query(f"{ratings} SELECT * FROM (\n{select}\n)", job_config=config)
+            found[file] = job.total_bytes_processed
+        return client.get_table(table).num_rows or None, found if all(found.values()) else None
     except GoogleAPICallError as error:
         raise ValueError(f"{table}: {error.message}") from error
 
@@ -319,7 +319,7 @@ def main() -> int:
     if arguments.chapter == 1:
         print(road_plan(rows or FULL_ROWS, arguments.ids, prices))
     else:
-        print(routes_plan(rows or FULL_ROWS, prices, load_benchmark(), dry_run))
+        print(routes_plan(rows or FULL_ROWS, prices, load_benchmark(BENCHMARK), dry_run))
     return 0
 
 

@@ -43,6 +43,11 @@ class Address(NamedTuple):
     def stop(self) -> None:
         """It is not ours to stop."""
 
+    @property
+    def address(self) -> Address:
+        """Itself: a worker that got it hands it on to others."""
+        return self
+
 
 class EmbeddedBigQuery:
     """A running embedded BigQuery.

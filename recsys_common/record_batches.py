@@ -6,7 +6,7 @@
 The format, version 2. An export is a folder with files of records and one `manifest.json`.
 
 1. A file is a TFRecord file, or one compressed as a whole with GZIP. For each record: its length (uint64), a checksum
-   of the length (4 bytes), the record, a checksum of the record (4 bytes).
+   of the length (4 bytes), the record, a checksum of the record (4 bytes). Checksums are masked CRC-32C.
 2. A record is one serialized `tf.train.Example` with a batch of n rows. Each feature is a bytes feature with one value.
    All numbers are little-endian, without padding.
 3. A column of numbers is the feature `name`: its n values one after another. `dtype` is int8, int16, int32, int64,
@@ -14,14 +14,16 @@ The format, version 2. An export is a folder with files of records and one `mani
 4. A ragged column, `shape` [null], has in `name` the values of all rows and in `name/lengths` how many each row has:
    n int32.
 5. A column of strings has `dtype` "string": in `name` the UTF-8 bytes of all strings, in `name/offsets` where each
-   begins, and where the last ends: n + 1 int32. If it is ragged too, the offsets count strings instead of rows.
-6. There are no nulls. A column's `null` in the manifest is the value that replaced them; if that is null, nulls were
-   refused. Floats are finite.
+   begins, and where the last ends: n + 1 int32. With a `shape`, which it has as in 3 or 4, the offsets are of strings
+   instead of rows, so there is one more of them than strings.
+6. There are no nulls. A column's `null` in the manifest is the value that replaced them, also within lists; if that is
+   null, nulls were refused. Floats are finite.
 7. `manifest.json` has `version`, `columns` (name, dtype, shape, null), `files` (name, rows, bytes, sha256), `rows`,
    `rows_per_record` (only the last record of a file has fewer), `compression` ("" or "GZIP"), `seed` (of the order
    of rows) and `source`: table, snapshot time, SQL with its parameters, shards.
-8. The manifest is written last and renamed into place. Only files that it names are data; others are left from an
-   export that was killed, and the next one removes them.
+8. The manifest is written last and renamed into place. Only files that it names are data. Others that are named like
+   an export's (`part-<numbers>-<8 hex digits>.tfrecord`, `part-<numbers>.<...>.writing`) are left from one that was
+   killed, and the next export removes them.
 
 Decoding takes native TensorFlow ops alone (`parse_single_example`, `decode_raw`), on a TPU host and from `gs://` alike.
 
@@ -34,6 +36,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable
@@ -51,6 +54,7 @@ NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "float16", "flo
 # Handing a record to tf.data costs about 50 us whatever its size; at 2 MB that is less than copying it.
 RECORD_BYTES = 2**21
 FILES_AT_ONCE = 8  # files that `read` interleaves
+OURS = re.compile(r"part-[\d-]+(-[0-9a-f]{8}\.tfrecord|\.(\w+\.)?writing)")  # what an export may remove
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,19 @@ class Column:
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(self.shape))
-        if self.dtype not in (*NUMBERS, "string") or len(self.shape) > 1:
+        sized = len(self.shape) == 1 and isinstance(self.shape[0], int) and self.shape[0] > 0
+        if self.dtype not in (*NUMBERS, "string") or not (sized or self.shape in ((), (None,))):
             raise ValueError(
                 f"column {self.name!r}: {self.dtype} of shape {self.shape}, expected {', '.join(NUMBERS)} or string, "
                 "and a shape of (), (k,) or (None,)"
             )
+        number = isinstance(self.null, int | float) and self.dtype != "string"
+        if self.null is not None and not (
+            _fits(np.array([self.null]), self.dtype).all()
+            if number
+            else self.dtype == "string" and isinstance(self.null, str)
+        ):
+            raise ValueError(f"column {self.name!r}: null={self.null!r}, expected a value that fits {self.dtype}")
 
     @property
     def features(self) -> list[str]:
@@ -136,18 +148,25 @@ class Manifest:
                 f"{path}: no manifest; {state}. An export writes its manifest last, so this one was never finished: "
                 "run the export again."
             )
-        with tf.io.gfile.GFile(path) as stream:
-            content = json.loads(stream.read())
-        if content.get("version") != VERSION:
+        try:
+            with tf.io.gfile.GFile(path) as stream:
+                content = json.loads(stream.read())
+            version = content["version"]
+            if version == VERSION:
+                rows = content.pop("rows")
+                columns = [Column(**column) for column in content.pop("columns")]
+                files = [File(**file) for file in content.pop("files")]
+                manifest = cls(folder, columns, files, **content)
+                found = manifest.rows
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: format version {content.get('version')!r}, expected {VERSION}. Export again with this code."
-            )
-        rows = content.pop("rows")
-        columns = [Column(**column) for column in content.pop("columns")]
-        files = [File(**file) for file in content.pop("files")]
-        manifest = cls(folder, columns, files, **content)
-        if manifest.rows != rows:
-            raise ValueError(f"{path}: its files have {manifest.rows:,} rows, it says {rows:,}. Export again.")
+                f"{path}: not a manifest of this format ({type(error).__name__}: {error}); it was edited or cut short. "
+                "Copy it again, or run the export again."
+            ) from error
+        if version != VERSION:
+            raise ValueError(f"{path}: format version {version!r}, expected {VERSION}. Export again with this code.")
+        if found != rows:
+            raise ValueError(f"{path}: its files have {found:,} rows, it says {rows}. Run the export again.")
         with ThreadPoolExecutor(32) as pool:  # a question to Cloud Storage takes 50 ms, and there may be 10,000
             sizes = pool.map(_size, manifest.paths)
         for file, path, size in zip(files, manifest.paths, sizes, strict=True):
@@ -173,23 +192,31 @@ class Manifest:
         with tf.io.gfile.GFile(path + ".writing", "w") as stream:
             stream.write(json.dumps(content, indent=1) + "\n")
         tf.io.gfile.rename(path + ".writing", path, overwrite=True)
-        for name in foreign(self):
+        for name in filter(OURS.fullmatch, foreign(self)):
             tf.io.gfile.remove(os.path.join(self.folder, name))
         return self
 
 
 def foreign(manifest: Manifest) -> list[str]:
-    """Names of the files in the folder that look like an export's and that the manifest does not name."""
-    named = {file.name for file in manifest.files}
-    return sorted(n for n in tf.io.gfile.listdir(manifest.folder) if n.startswith("part-") and n not in named)
+    """Names of the TFRecords, and the unfinished ones, in the folder that the manifest does not name."""
+    found, named = tf.io.gfile.listdir(manifest.folder), {file.name for file in manifest.files}
+    return sorted(name for name in found if name.endswith((".tfrecord", ".writing")) and name not in named)
 
 
 def schema(columns: dict[str, str] | Iterable[Column], like: pa.Schema | None = None) -> list[Column]:
-    """`{"user_id": "int64"}` as columns; one that is a list in the Arrow schema `like` becomes ragged."""
-    if not isinstance(columns, dict):
-        return list(columns)
-    ragged = [name for name in columns if like and name in like.names and _is_list(like.field(name).type)]
-    return [Column(name, dtype, (None,) if name in ragged else ()) for name, dtype in columns.items()]
+    """`{"user_id": "int64"}` as columns; one that is a list in the Arrow schema `like` becomes ragged.
+
+    Raises:
+      ValueError: no columns, or two that would be stored under one name.
+    """
+    if isinstance(columns, dict):
+        ragged = [name for name in columns if like and name in like.names and _is_list(like.field(name).type)]
+        columns = [Column(name, dtype, (None,) if name in ragged else ()) for name, dtype in columns.items()]
+    columns = list(columns)
+    features = [feature for column in columns for feature in column.features]
+    if not columns or len(set(features)) < len(features):
+        raise ValueError(f"columns stored as {features}: expected at least one, and each name once")
+    return columns
 
 
 def batch_rows(columns: list[Column]) -> int:
@@ -224,7 +251,7 @@ def write(
       source: what to remember of where the rows came from; goes into the manifest.
 
     Raises:
-      ValueError: no rows at all, a column that is missing, null, not finite or too wide for its dtype.
+      ValueError: no rows at all, a wrong option, a column that is missing, null, not finite or too wide for its dtype.
       OSError: the disk is full or the folder cannot be written; the earlier export is untouched.
     """
     folder, files = os.fspath(folder), []
@@ -257,10 +284,22 @@ def write_file(
       where: what to call the table in an error.
 
     Raises:
-      ValueError: a column that is missing, null, not finite or too wide for its dtype; names the row.
+      ValueError: a wrong option, a column that is missing, null, not finite or too wide for its dtype; names the row.
       OSError: the disk is full or the folder cannot be written; no part of the file is left.
     """
-    arrays = [_stored(table, column, where) for column in columns]
+    if rows_per_record < 1 or compression not in ("", "GZIP"):
+        raise ValueError(
+            f"{where}: rows_per_record {rows_per_record}, compression {compression!r}; expected 1 or more, '' or 'GZIP'"
+        )
+    arrays = []
+    for column in columns:
+        try:
+            arrays.append(_stored(table, column, where))
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"{where}: column {column.name!r}: {error}. A file holds up to 2 GB of strings, and 2**31 values of "
+                "lists, of a column: write fewer rows to a file."
+            ) from error
     order = _order([_bits(array) for array in arrays], seed)
     arrays = [array.take(pa.array(order)) for array in arrays]
     size = sum(array.nbytes for array in arrays)
@@ -325,8 +364,9 @@ def decoder(manifest: Manifest, columns: Iterable[str] | None = None):
     Raises:
       ValueError: a name that the export does not have.
     """
-    chosen = [column for column in manifest.columns if columns is None or column.name in columns]
-    if missing := sorted(set(columns or []) - {column.name for column in chosen}):
+    wanted = None if columns is None else set(columns)
+    chosen = [column for column in manifest.columns if wanted is None or column.name in wanted]
+    if missing := sorted((wanted or set()) - {column.name for column in chosen}):
         there = ", ".join(f"{column.name} ({column.dtype})" for column in manifest.columns)
         raise ValueError(f"{manifest.folder}: no column {', '.join(missing)}; the export has {there}")
     spec = {feature: tf.io.FixedLenFeature([], tf.string) for column in chosen for feature in column.features}
@@ -384,8 +424,9 @@ def _strings(data: tf.Tensor, offsets: tf.Tensor, rows: int) -> tf.Tensor:
 
 def _stored(table: pa.Table, column: Column, where: str) -> pa.Array:
     """A column as an Arrow array of what is stored, without nulls."""
-    if column.name not in table.column_names:
-        raise ValueError(f"{where}: no column {column.name!r}; the table has {', '.join(table.column_names)}")
+    if (count := table.column_names.count(column.name)) != 1:
+        found = f"{'more than one' if count else 'no'} column {column.name!r}"
+        raise ValueError(f"{where}: {found}; the table has {', '.join(table.column_names)}")
     array = pa.concat_arrays(table[column.name].chunks) if table.num_rows else pa.array([], table[column.name].type)
     listed = _is_list(array.type)
     if listed != bool(column.shape):
@@ -393,11 +434,16 @@ def _stored(table: pa.Table, column: Column, where: str) -> pa.Array:
     if not listed:
         return _values(array, column, where)
     if array.null_count:  # BigQuery has no null lists, other sources have
-        raise ValueError(_nulls(array, column, where))
+        row = pc.index(array.is_null(), True).as_py()
+        raise ValueError(
+            f"{where}: column {column.name!r} has {array.null_count:,} nulls for lists, first in row {row}; expected "
+            "lists. Drop these rows, or put a list there, such as an empty one, before the export."
+        )
     lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-    values = _values(array.flatten(), column, f"{where}, in its lists")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    values = _values(array.flatten(), column, where, ends)
     if column.shape == (None,):
-        return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype("i4"), values)
+        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), values)
     if (wrong := lengths != column.shape[0]).any():
         row = int(np.argmax(wrong))
         raise ValueError(
@@ -406,46 +452,61 @@ def _stored(table: pa.Table, column: Column, where: str) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(values, column.shape[0])
 
 
-def _values(array: pa.Array, column: Column, where: str) -> pa.Array:
-    """Single values as their stored type; the first that does not fit is named."""
-    if array.null_count:
-        if column.null is None:
-            raise ValueError(_nulls(array, column, where))
-        array = array.fill_null(column.null)
-    if column.dtype == "string":
-        if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
-            raise ValueError(f"{where}: column {column.name!r} holds {array.type}, expected strings; CAST it in SQL")
-        return array.cast(pa.string())
-    values, target = array.to_numpy(zero_copy_only=False), np.dtype(column.dtype)
-    if values.dtype.kind not in "iufb":
-        raise ValueError(f"{where}: column {column.name!r} holds {array.type}, expected numbers; give it an id in SQL")
-    if target.kind in "iu":
-        limits = np.iinfo(target)
-        # Of a float as wide as the limit, the limit itself is already rounded up out of reach.
-        fits = (values >= limits.min) & (
-            values < limits.max + 1.0 if values.dtype.kind == "f" else values <= limits.max
-        )
-        expected = f"a whole number of {limits.min} to {limits.max} ({column.dtype})"
-        fits &= values == np.round(values) if values.dtype.kind == "f" else True
-    else:
-        with np.errstate(over="ignore"):
-            fits = np.isfinite(values.astype(target))
-        expected = f"a finite number that fits {column.dtype}"
-    if not fits.all():
-        row = int(np.argmin(fits))
+def _values(array: pa.Array, column: Column, where: str, ends: np.ndarray | None = None) -> pa.Array:
+    """Single values as their stored type; the first that does not fit is named.
+
+    `ends` [rows]: if these are the values of lists, where each row's end.
+    """
+
+    def row(value: int) -> int:
+        return value if ends is None else int(np.searchsorted(ends, value, side="right"))
+
+    if array.null_count and column.null is None:
+        first = row(pc.index(array.is_null(), True).as_py())
         raise ValueError(
-            f"{where}: column {column.name!r}, value {row} is {values[row]}, expected {expected}; "
-            f"{int((~fits).sum()):,} such values"
+            f"{where}: column {column.name!r} has {array.null_count:,} nulls, first in row {first}; expected values. "
+            "Replace or drop them in the SQL that makes the table, or say what stands for them: Column(..., null=0)."
         )
-    return pa.array(values.astype(target, copy=False))
+    kind, text = array.type, column.dtype == "string"
+    if pa.types.is_null(kind):  # of nulls alone, or of no values at all
+        array = array.cast(pa.string() if text else pa.int8())
+    elif text and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{where}: column {column.name!r} holds {kind}, expected strings; CAST it in SQL")
+    elif not text and not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(
+            f"{where}: column {column.name!r} holds {kind}, expected numbers; CAST it, or give it an id, in SQL"
+        )
+    if text:
+        return (array.fill_null(column.null) if array.null_count else array).cast(pa.string())
+    nulls = array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None
+    if nulls is not None:  # what stands for them may not fit the type that they have here
+        array = array.fill_null(pa.scalar(False).cast(array.type))
+    values = array.to_numpy(zero_copy_only=False)
+    fits = _fits(values, column.dtype)
+    if not fits.all():
+        first, target = int(np.argmin(fits)), np.dtype(column.dtype)
+        limits = np.iinfo(target) if target.kind in "iu" else None
+        expected = f"a whole number of {limits.min} to {limits.max}" if limits else "a finite number that fits"
+        raise ValueError(
+            f"{where}: column {column.name!r}, row {row(first)} holds {values[first]}, expected {expected} "
+            f"({column.dtype}); {int((~fits).sum()):,} such values"
+        )
+    stored = values.astype(column.dtype, copy=False)
+    return pa.array(stored if nulls is None else np.where(nulls, stored.dtype.type(column.null), stored))
 
 
-def _nulls(array: pa.Array, column: Column, where: str) -> str:
-    return (
-        f"{where}: column {column.name!r} is null in {array.null_count:,} rows, first in row "
-        f"{pc.index(array.is_null(), True).as_py()}; expected values. Replace or drop them in the SQL that makes the "
-        "table, or say what stands for them: Column(..., null=0)."
-    )
+def _fits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Which values `dtype` can hold: finite ones for a float, whole ones within its limits for an integer."""
+    target = np.dtype(dtype)
+    if target.kind == "f":
+        with np.errstate(over="ignore"):
+            return np.isfinite(values.astype(target, copy=False))
+    limits = np.iinfo(target)
+    if values.dtype.kind != "f":
+        return (values >= limits.min) & (values <= limits.max)
+    # In float64 both limits of every type are exact, but the upper one of int64, which is one above.
+    values = values.astype(np.float64, copy=False)
+    return (values >= limits.min) & (values < limits.max + 1.0) & (values == np.round(values))
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -470,21 +531,36 @@ def _parts(array: pa.Array) -> list[np.ndarray]:
 
 
 def _bits(array: pa.Array) -> np.ndarray:
-    """One unsigned number for each row that its value decides."""
-    if _is_list(array.type) or pa.types.is_string(array.type):
-        lengths = pc.list_value_length(array) if _is_list(array.type) else pc.binary_length(array)
-        ends = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)])
-        place = np.arange(ends[-1]) - np.repeat(ends[:-1], np.diff(ends))
-        inner = _bits(array.flatten()) if _is_list(array.type) else _parts(array)[0]
-        sums = np.concatenate([[0], np.cumsum(_mix(inner + _mix(place.astype(np.uint64))))]).astype(np.uint64)
-        return sums[ends[1:]] - sums[ends[:-1]]
-    values = array.to_numpy()
-    return values.view(f"u{values.itemsize}")
+    """One unsigned number for each row that its value decides; of lists and strings a hash."""
+    if not (_is_list(array.type) or pa.types.is_string(array.type)):
+        values = array.to_numpy()
+        return values.view(f"u{values.itemsize}")
+    # By blocks: numbers of 8 bytes for every character of a large file would not fit into memory.
+    blocks = [_hashes(array.slice(begin, 2**12)) for begin in range(0, len(array), 2**12)]
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.uint64)
+
+
+def _hashes(array: pa.Array) -> np.ndarray:
+    """A hash of each list or string: the sum over its values or bytes of a hash of value and place."""
+    lengths = pc.list_value_length(array) if _is_list(array.type) else pc.binary_length(array)
+    lengths = lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    place = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+    places = _mix(np.arange(1, lengths.max(initial=0) + 1))
+    inner = _bits(array.flatten()) if _is_list(array.type) else _parts(array)[0]
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix(inner ^ places[place]))])
+    return sums[ends[1:]] - sums[ends[:-1]]
 
 
 def _mix(key: np.ndarray) -> np.ndarray:
-    key = key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return key ^ (key >> np.uint64(29))
+    """64 bits of each number, of which every bit depends on all of its own (the finalizer of SplitMix64)."""
+    key = key.astype(np.uint64)
+    key ^= key >> np.uint64(30)
+    key *= np.uint64(0xBF58476D1CE4E5B9)
+    key ^= key >> np.uint64(27)
+    key *= np.uint64(0x94D049BB133111EB)
+    key ^= key >> np.uint64(31)
+    return key
 
 
 def _order(columns: list[np.ndarray], seed: int) -> np.ndarray:
@@ -492,7 +568,7 @@ def _order(columns: list[np.ndarray], seed: int) -> np.ndarray:
 
     Sorting 4 M hashes at once takes more than twice as long, since they do not fit into the processor's cache.
     """
-    key = np.full(len(columns[0]), seed % 2**64, np.uint64)
+    key = np.repeat(_mix(np.array([seed % 2**64], np.uint64)), len(columns[0]))
     for begin in range(0, len(key), 2**15):
         block = key[begin : begin + 2**15]
         for bits in columns:

@@ -15,7 +15,6 @@ import struct
 import tempfile
 import textwrap
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,17 +56,11 @@ def survival(warehouse: Warehouse) -> list[dict[str, str]]:
     """
     values = ", ".join(f"{sql} AS value_{number}" for number, (sql, _, _) in enumerate(CASES.values()))
     warehouse.query(f"CREATE OR REPLACE TABLE {TABLE} AS SELECT 0 AS shard, 1 AS id, {values}")
-
-    def down(route: str) -> list[dict[str, str]]:
-        found = []
-        for number, (case, (_, dtype, sent)) in enumerate(CASES.items()):
-            outcome = _outcome(warehouse, ROUTES[route], f"value_{number}", dtype, sent)
-            found.append({"route": route, "case": case, "outcome": outcome})
-        return found
-
-    with ThreadPoolExecutor(len(ROUTES)) as pool:  # most of the time goes into waiting for the warehouse
-        by_route = list(pool.map(down, ROUTES))
-    return [found for case in zip(*by_route, strict=True) for found in case]
+    return [
+        {"route": route, "case": case, "outcome": _outcome(warehouse, send, f"value_{number}", dtype, sent)}
+        for number, (case, (_, dtype, sent)) in enumerate(CASES.items())
+        for route, send in ROUTES.items()
+    ]
 
 
 def _outcome(warehouse: Warehouse, send: Callable, column: str, dtype: str, sent) -> str:

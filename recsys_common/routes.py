@@ -5,11 +5,12 @@
     dataset = read_csv(paths, columns, batch_size=8192)
 
 1. `export_csv`, `read_csv`: `EXPORT DATA` to text, parsed by TensorFlow.
-2. `export_rows`, `read_rows`: TFRecord with one `tf.train.Example` a row, as Google's Dataflow template
-   "BigQuery to TFRecords" writes it: a NULL is left out, FLOAT64 becomes float32, a struct is refused.
-3. `export_parquet`: `EXPORT DATA` to Parquet, which TensorFlow cannot read: convert it to record batches.
-4. Storage Read streams written straight to record batches: `record_batches.write(folder, warehouse.shards(...))`.
-5. `table_stream`: Storage Read streams into `tf.data`, with no files between.
+2. `export_rows`, `read_rows`: TFRecord with one `tf.train.Example` a row, as Google's Dataflow template writes it
+   (GoogleCloudPlatform/DataflowTemplates, BigQueryToTFRecord.java): a NULL is left out, FLOAT64 becomes float32, a
+   struct is refused.
+3. `export_parquet`: `EXPORT DATA` to Parquet, which TensorFlow cannot read; `conversion.py` makes record batches of it.
+4. Storage Read streams written straight to record batches, also by `conversion.py`.
+5. `table_stream`, in a file of its own: Storage Read streams into `tf.data`, with no files between.
 6. `export_packed`, `read_packed`: BigQuery packs the columns itself, and its own export is read by native ops.
 
 All take a table of the warehouse's dataset that has an INT64 column `shard` of 0..n-1, and `columns` with the dtypes
@@ -91,7 +92,7 @@ def export_rows(warehouse: Warehouse, table: str, folder: str, columns: dict[str
     with _new_folder(warehouse, folder) as target:
         paths, target = [], warehouse.local(target)
         tf.io.gfile.makedirs(target)
-        snapshot, shards = _shards(warehouse, table)
+        snapshot, shards, _ = warehouse.shard_counts(table, {})
         for shard, expected in shards.items():
             rows = warehouse.read(table, list(columns), f"shard = {shard}", snapshot)
             expect_rows(f"{table!r}, shard {shard}", rows.num_rows, expected)
@@ -162,17 +163,6 @@ def _select(columns: Iterable[str]) -> str:
     return f"SELECT {', '.join(map(plain, columns))} FROM export_rows WHERE shard = @shard"
 
 
-def _shards(warehouse: Warehouse, table: str) -> tuple[str, dict[int, int]]:
-    """A moment, and the rows of each shard then."""
-    snapshot, shards, _ = warehouse.shard_counts(table, {})
-    if None in shards:
-        raise ValueError(
-            f"table {table!r}: column 'shard' is NULL in {shards[None]:,} rows, which no file would hold; expected "
-            "0 to n-1. See sql/examples.sql for a shard number that is never NULL."
-        )
-    return snapshot, shards
-
-
 @contextmanager
 def _new_folder(warehouse: Warehouse, folder: str) -> Iterator[str]:
     """The address of a new folder below `folder`; earlier ones are removed once the block is done."""
@@ -196,7 +186,7 @@ def _export(
     """
     from google.cloud import bigquery
 
-    snapshot, shards = _shards(warehouse, table)
+    snapshot, shards, _ = warehouse.shard_counts(table, {})
     # All statements see the table of one moment. The embedded service keeps no history, and nobody else writes there.
     at = "" if warehouse.embedded else f" FOR SYSTEM_TIME AS OF TIMESTAMP '{snapshot}'"
     select = select.replace("FROM export_rows", f"FROM {plain(table)}{at}")

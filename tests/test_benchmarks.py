@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROAD = json.loads((ROOT / "benchmarks" / "road.json").read_text())
+ROAD, EXPORT = (json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) for name in ("road", "data_export"))
 REAL = ("ml-latest-small", "ml-latest-small split=leave-one-out", "ml-1m")
 
 
@@ -25,10 +25,11 @@ def of(road):
     return road.values(ROAD)
 
 
-def test_it_was_measured_with_the_locked_versions():
+@pytest.mark.parametrize("content", [ROAD, EXPORT], ids=["road", "data_export"])
+def test_it_was_measured_with_the_locked_versions(content):
     lock = set(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M))
-    assert len(ROAD["versions"]) == 7 and set(ROAD["versions"].items()) <= lock
-    assert ROAD["machine"]["cores"] == 2 and re.fullmatch(r"[0-9a-f]{12}\+?", ROAD["commit"])
+    assert len(content["versions"]) == 7 and set(content["versions"].items()) <= lock
+    assert content["machine"]["cores"] == 2 and re.fullmatch(r"[0-9a-f]{12}\+?", content["commit"])
 
 
 def test_the_readme_quotes_it(road):
@@ -68,3 +69,46 @@ def test_the_simulator_resembles_ml_100k(of):
     # The gain over popularity itself, not only the ratio to it.
     gain = "gain of matrix factorization over popularity"
     assert abs((of[f"simulated: {gain}"] - 1) / (of[f"ml-100k: {gain}"] - 1) - 1) < 0.3
+
+
+# data_export -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def export(road):
+    return road.values(EXPORT)
+
+
+def test_record_batches_read_as_fast_as_promised(export):
+    """40 times gzipped CSV, and 65% of the same files without decoding."""
+    assert export["record batches / csv.gz"] >= 40
+    assert export["record batches / raw read"] >= 0.65
+    rows = {row["case"]: row for row in EXPORT["rows"]}
+    for case in ("record batches", "raw read", "csv.gz", "record batches / csv.gz", "record batches / raw read"):
+        assert rows[case]["repeats"] >= 5 and rows[case]["min"] <= rows[case]["value"] <= rows[case]["max"]
+
+
+def test_writing_is_fast_and_its_memory_flat(export):
+    assert export["write record batches"] >= 5
+    few, many = (export[f"write record batches, {rows} rows: peak memory"] for rows in ("2M", "50M"))
+    assert many < 1.25 * few, "MB of the whole process, TensorFlow included"
+
+
+def test_files_are_small(export):
+    assert export["bytes/row columns"] == 28
+    assert export["bytes/row record batches"] <= 1.01 * export["bytes/row columns"]
+    assert export["bytes/row record batches ZLIB"] <= export["bytes/row parquet"]
+
+
+def test_fifty_million_rows_arrived(export):
+    assert export["storage read, 50M rows: rows"] == 50_000_000
+    assert export["storage read, 50M rows: checks equal"] == 10
+    assert export["kills, then equal to an undisturbed conversion"] == 10
+
+
+def test_every_route_was_measured(export):
+    routes = ("csv.gz", "csv", "tfrecord row", "parquet", "storage read", "packed")
+    cases = {*routes, "table stream", "record batches", "raw read", "write record batches"}
+    cases |= {f"export {route}" for route in routes} | {f"bytes/row {route}" for route in routes}
+    assert cases - set(export) == set()
+    assert export["record batches"] == max(export[case] for case in cases - {"raw read"} if "bytes" not in case)

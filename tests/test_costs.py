@@ -16,8 +16,8 @@ READ = {"currency": "USD", "read": "2026-01-31"}
 # Rows a second and bytes a row that are easy to reckon with: 3.6 M rows/s are 12.96e9 rows an hour.
 MEASURED = {
     "csv.gz": 3.6, "export csv.gz": 1.8, "bytes/row csv.gz": 10,
-    "parquet": 7.2, "export parquet": 3.6, "bytes/row parquet": 16,
-    "storage read": 36, "export storage read": 0.9, "bytes/row storage read": 24,
+    "parquet": 9.9, "export parquet": 3.6, "write record batches": 7.2, "bytes/row parquet": 16,
+    "storage read": 9.9, "export storage read": 0.9, "record batches": 36, "bytes/row record batches": 24,
     "table stream": 1.2,
 }  # fmt: skip
 
@@ -141,24 +141,24 @@ def test_chapter_2_by_hand(tmp_path):
     assert list(cells) == list(cost) == list(costs.ROUTES) and len(cells) == 7
     shards = rows // costs.ROWS_PER_FILE
     table = f"{40 * rows / GIB:,.0f} GiB"
-    # csv.gz: 2 x 32 bytes of the own table, 8 to count shards, 40 exported = 112 scanned; 10 stored; 2 h, then 1 h
-    scanned = f"{112 * rows / TIB:.2f} TiB"
+    # csv.gz: 32 + 48 of the own table, 8 to count shards, 40 exported = 128 scanned; 10 stored; 2 h, then 1 h
+    scanned = f"{128 * rows / TIB:.2f} TiB"
     assert cells["csv.gz"] == [scanned, "-", table, f"{10 * rows / GIB:.0f} GiB", f"{shards:,}", "2.00", "1.00"]
     assert cost["csv.gz"] == (
         f"unread: {scanned} query + {10 * rows / TIB:.2f} TiB export + {table} tables + {10 * rows / GIB:.0f} GiB files"
     )
-    # parquet: both kinds of files, 16 + 24 bytes; an hour of a worker; EXPORT DATA wrote the 16
+    # parquet: both kinds of files, 16 + 24 bytes; an hour of EXPORT DATA, which wrote the 16, half an hour of a worker
     both = f"{40 * rows / GIB:.0f} GiB"
-    assert cells["parquet"] == [scanned, "-", table, both, f"{2 * shards:,}", "1.00", "0.50"]
-    assert f"+ {16 * rows / TIB:.2f} TiB export" in cost["parquet"] and cost["parquet"].endswith(" + 1.00 h worker")
-    # storage read: 72 scanned, 40 read, no export
-    scanned, read = f"{72 * rows / GIB:,.0f} GiB", f"{40 * rows / GIB:,.0f} GiB"
+    assert cells["parquet"] == [scanned, "-", table, both, f"{2 * shards:,}", "1.50", "0.10"]
+    assert f"+ {16 * rows / TIB:.2f} TiB export" in cost["parquet"] and cost["parquet"].endswith(" + 0.50 h worker")
+    # storage read: 32 + 48 + 8 scanned, 40 read, no export
+    scanned, read = f"{88 * rows / TIB:,.2f} TiB", f"{40 * rows / GIB:,.0f} GiB"
     assert cells["storage read"][:4] == [scanned, read, table, f"{24 * rows / GIB:.0f} GiB"]
     assert cells["storage read"][5:] == ["4.00", "0.10"]
     assert "export" not in cost["storage read"] and cost["storage read"].endswith(" + 4.00 h worker")
     # a table stream: no files, no shards to count, no shard to read, 3 h an epoch
     assert cells["table stream"] == [
-        f"{64 * rows / GIB:,.0f} GiB", f"{32 * rows / GIB:,.0f} GiB", table, "-", "-", "-", "3.00"
+        f"{80 * rows / GIB:,.0f} GiB", f"{32 * rows / GIB:,.0f} GiB", table, "-", "-", "-", "3.00"
     ]  # fmt: skip
     # packed was not measured
     assert cells["packed"][3:] == ["?", f"{shards:,}", "?", "?"] and "? TiB export" in cost["packed"]
@@ -170,7 +170,7 @@ def test_every_route_is_told_at_50_billion_rows_too(tmp_path):
     cells, cost = lines_of(text, 50_000_000_000)
     assert cells["csv.gz"][-2:] == ["7.72", "3.86"]  # 50e9 / 1.8e6 / 3600, 50e9 / 3.6e6 / 3600
     assert cells["csv.gz"][4] == "12,500"
-    money = 112 * 50e9 / TIB * 6
+    money = 128 * 50e9 / TIB * 6
     assert cost["csv.gz"].startswith(f"{money:.2f} USD + unread: {10 * 50e9 / TIB:.2f} TiB export + ")
     assert costs.routes_plan(50e9, costs.load_prices(), None).count("AT 50,000,000,000 ROWS") == 1
 
@@ -179,7 +179,7 @@ def test_a_plan_fits_a_terminal(tmp_path):
     benchmark = costs.load_benchmark(benchmark_file(tmp_path))
     every = dict.fromkeys(costs.KINDS, 0.123)
     for text in (
-        costs.routes_plan(1e12, costs.load_prices(), benchmark, 2**46),
+        costs.routes_plan(1e12, costs.load_prices(), benchmark, dict.fromkeys(costs.STATEMENTS, 2**46)),
         costs.routes_plan(1e6, priced(**every), benchmark),
         costs.road_plan(1e12, 1e9, costs.load_prices()),
     ):
@@ -187,26 +187,28 @@ def test_a_plan_fits_a_terminal(tmp_path):
 
 
 def test_each_number_of_bytes_says_where_it_comes_from(tmp_path):
-    rows, dry_run = 3_000_000_000, 2**38  # the dry run says more than 32 bytes a row: NUMERIC ratings
-    text = costs.routes_plan(rows, costs.load_prices(), None, dry_run)
-    told = text.split("AT ")[0].splitlines()
-    own, made = ([line for line in told if line.startswith(s)] for s in ("your table", "the table with shards: "))
-    assert len(own) == 2 and all("256 GiB, dry run" in line for line in own)
-    assert all(line.endswith("1.46 TiB, schema x rows") for line in own)  # nobody dry-ran 50 billion rows
-    assert len(made) == 5 and all(line.count("schema x rows") == 2 and "dry run" not in line for line in made)
+    rows = 3_000_000_000
+    text = costs.routes_plan(rows, costs.load_prices(), None, {"check_ratings.sql": 2**37, "export_rows.sql": 2**38})
+    check, export, *made = text.split("AT ")[0].splitlines()[2:9]
+    assert check.startswith("check_ratings.sql: your table") and export.startswith("export_rows.sql: your table")
+    assert "128 GiB, dry run" in check and "256 GiB, dry run" in export
+    assert check.endswith("1.46 TiB, schema x rows")  # nobody dry-ran 50 billion rows
+    assert len(made) == 5 and all(line.startswith("export_rows") for line in made)
+    assert all(line.count("schema x rows") == 2 and "dry run" not in line for line in made)
     assert "does not exist yet, so no dry run can know it" in text
     cells, _ = lines_of(text, rows)
-    assert cells["table stream"][0] == "512 GiB"
+    assert cells["table stream"][0] == "384 GiB"
     cells, _ = lines_of(text, 50_000_000_000)
-    assert cells["table stream"][0] == f"{64 * 50e9 / TIB:.2f} TiB"
+    assert cells["table stream"][0] == f"{80 * 50e9 / TIB:.2f} TiB"
     assert "dry run" not in costs.routes_plan(rows, costs.load_prices(), None).split("Schema x rows")[0]
 
 
 def test_without_the_benchmark_hours_are_not_made_up(tmp_path):
     assert costs.load_benchmark(tmp_path / "none.json") is None
     text = costs.routes_plan(1e9, costs.load_prices(), None)
-    cells, _ = lines_of(text, 1_000_000_000)
+    cells, cost = lines_of(text, 1_000_000_000)
     assert all(row[-1] == "?" for row in cells.values())
+    assert cost["parquet"].endswith("+ ? GiB files + ? h worker")
     assert "not known (?). `make bench`, in a checkout, measures them" in text
 
 
@@ -245,9 +247,10 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     code, out, _ = command(
         monkeypatch, capsys, "--chapter", "2", "--rows", "2e9", "--price-query", "5", "--price-cloud-storage", "1"
     )
-    cells, cost = lines_of(out, 2_000_000_000)
-    assert code == 0 and cost["table stream"].startswith(f"{64 * 2e9 / TIB * 5:.2f} in your currency + unread: ")
+    _, cost = lines_of(out, 2_000_000_000)
+    assert code == 0 and cost["table stream"].startswith(f"{80 * 2e9 / TIB * 5:.2f} in your currency + unread: ")
     assert "TiB scanned                            5.0 (as given)" in out
+    assert cost["csv"].endswith(" + ? GiB files")
 
 
 @pytest.mark.parametrize(
@@ -318,10 +321,50 @@ def test_what_a_dry_run_says_on_google_cloud_is_returned(warehouse, monkeypatch)
     assert warehouse.scanned("SELECT rating FROM bought") == 0
 
 
+def test_dry_runs_are_of_the_statements_that_would_run(warehouse, monkeypatch):
+    """The embedded service runs what would be dry-run, so that the rows can be seen; it has no bytes to tell."""
+    answers, query = [], warehouse.client.query
+
+    class Job:
+        total_bytes_processed = 77
+
+    def run(sql, job_config):
+        job = query(sql, job_config=QueryJobConfig(query_parameters=job_config.query_parameters))
+        answers.append(job.to_arrow(create_bqstorage_client=False))
+        return Job
+
+    monkeypatch.setattr(warehouse.client, "query", run)
+    found = costs.look_up(warehouse.client, "embedded.recsys_common.bought")
+    assert found == (1, {"check_ratings.sql": 77, "export_rows.sql": 77})
+    check, export = answers
+    assert check["rows"].to_pylist() == [1] and check["null_rating"].to_pylist() == [0]
+    assert export.to_pylist() == [{"user_id": 1, "item_id": 2, "rating": 3.5, "timestamp": 4, "shard": 0}]
+
+
 def test_a_table_is_looked_up_by_a_dry_run_that_the_embedded_service_answers(warehouse, sent):
     rows, dry_run = costs.look_up(warehouse.client, "embedded.recsys_common.bought")
-    assert rows in (1, None) and dry_run is None  # it counts no rows of a table made by SQL, and no bytes
-    assert [config["dryRun"] for config in sent] == [True]
+    assert rows == 1 and dry_run is None
+    assert [config["dryRun"] for config in sent] == [True, True]
+    assert "COUNTIF(rating IS NULL)" in sent[0]["query"]["query"]  # the statements themselves, as far as they read
+    assert "MOD(MOD(users.fingerprint" in sent[1]["query"]["query"] and "CREATE" not in sent[1]["query"]["query"]
     warehouse.query("CREATE OR REPLACE TABLE other AS SELECT 1 AS user_id")
     with pytest.raises(ValueError, match=r"embedded\.recsys_common\.other: .*item_id"):
         costs.look_up(warehouse.client, "embedded.recsys_common.other")
+
+
+def test_the_command_asks_about_a_table(warehouse, monkeypatch, capsys):
+    monkeypatch.setattr("recsys_common.scale.credentials", lambda: "some")
+    monkeypatch.setattr("google.cloud.bigquery.Client", lambda project: warehouse.client)
+    warehouse.query("CREATE VIEW seen AS SELECT * FROM bought")
+    question = ("--chapter", "2", "--table", "embedded.recsys_common.seen")
+    code, _, err = command(monkeypatch, capsys, *question)
+    assert code == 2 and "is a view, which has no size of its own, or empty: give --rows" in err
+    code, out, _ = command(monkeypatch, capsys, *question, "--rows", "7e6")
+    assert code == 0 and "AT 7,000,000 ROWS" in out and "dry run\n" not in out
+    monkeypatch.setattr(
+        costs, "look_up", lambda client, table: (9_000_000, dict.fromkeys(costs.STATEMENTS, 10 * GIB))
+    )  # as Google Cloud would
+    code, out, _ = command(monkeypatch, capsys, *question)
+    assert code == 0 and "AT 9,000,000 ROWS" in out and out.count("10.0 GiB, dry run") == 2
+    _, out, _ = command(monkeypatch, capsys, *question, "--rows", "7e6")
+    assert "AT 7,000,000 ROWS" in out and "AT 9,000,000 ROWS" not in out

@@ -1,5 +1,7 @@
 """Record batches and the input pipeline over them: no row lost, none doubled, nothing half-written taken for whole."""
 
+import datetime
+import inspect
 import json
 import os
 import resource
@@ -9,15 +11,20 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
 from recsys_common import input_pipeline, record_batches
-from recsys_common.record_batches import Manifest
+from recsys_common.datasets import simulated
+from recsys_common.record_batches import NUMBERS, Column, Manifest
 
 COLUMNS = {"user_index": "int32", "item_index": "int64", "rating": "float32"}
 
@@ -38,6 +45,176 @@ def rows_of(dataset) -> list[tuple]:
 
 def expected(rows: int) -> list[tuple]:
     return [(row % 97, row, float(row % 5)) for row in range(rows)]
+
+
+def multiset(rows) -> Counter:
+    """Rows as often as they come; floats by all their digits."""
+    return Counter(map(repr, rows))
+
+
+def python_rows(manifest: Manifest) -> list[list]:
+    """All rows through `read`, as Python values, in the order of the columns."""
+    rows = []
+    for batch in record_batches.read(manifest):
+        columns = [batch[column.name] for column in manifest.columns]
+        lists = [c.to_list() if isinstance(c, tf.RaggedTensor) else c.numpy().tolist() for c in columns]
+        rows += map(list, zip(*map(text, lists), strict=True))
+    return rows
+
+
+def text(values):
+    """Bytes within lists as strings."""
+    return [text(v) if isinstance(v, list) else v.decode() if isinstance(v, bytes) else v for v in values]
+
+
+# The format ----------------------------------------------------------------------------------------------
+
+
+def plain_reader(folder):
+    """Rows of an export, by the page alone: nothing of recsys_common in here."""
+    manifest = json.loads(Path(folder, "manifest.json").read_text())
+    paths = [os.path.join(folder, file["name"]) for file in manifest["files"]]
+    for record in tf.data.TFRecordDataset(paths, manifest["compression"]):
+        features, batch = tf.train.Example.FromString(record.numpy()).features.feature, []
+        for column in manifest["columns"]:
+            name, dtype, shape = column["name"], column["dtype"], column["shape"]
+            stored = features[name].bytes_list.value[0]
+            if dtype == "string":
+                at = tf.io.decode_raw(features[f"{name}/offsets"].bytes_list.value[0], tf.int32).numpy()
+                values = [stored[begin:end].decode() for begin, end in zip(at[:-1], at[1:], strict=True)]
+            else:
+                values = tf.io.decode_raw(stored, dtype).numpy().tolist()
+            if shape == [None]:
+                lengths = tf.io.decode_raw(features[f"{name}/lengths"].bytes_list.value[0], tf.int32)
+                values = [values[end - length : end] for end, length in zip(tf.cumsum(lengths), lengths, strict=True)]
+            elif shape:
+                values = [values[row : row + shape[0]] for row in range(0, len(values), shape[0])]
+            batch.append(values)
+        yield from zip(*batch, strict=True)
+
+
+TEXTS = ["", "a", "nul\0inside", 'quo"te, and\nline', "🎬 émoji", "x" * 300, "\0", "\0\0"]
+
+
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+def test_a_reader_without_the_project_needs_the_page_alone(tmp_path, compression):
+    lines = inspect.getsource(plain_reader).splitlines()
+    assert len(lines) - 2 <= 20  # without its name and its docstring
+    rng, rows = np.random.default_rng(1), 230
+    numbers = {dtype: rng.integers(0, 120, rows).astype(dtype) for dtype in NUMBERS}
+    numbers |= {"int64": rng.integers(-(2**63), 2**63, rows), "float64": rng.normal(size=rows)}
+    lengths = rng.integers(0, 5, rows)
+    lists = [rng.integers(-(2**31), 2**31, length).tolist() for length in lengths]
+    words = [rng.choice(TEXTS, length).tolist() for length in lengths]
+    table = pa.table(
+        numbers
+        | {
+            "pair": pa.array(rng.normal(size=(rows, 2)).tolist(), pa.list_(pa.float64(), 2)),
+            "history": lists,
+            "title": rng.choice(TEXTS, rows).tolist(),
+            "words": words,
+            "names": [[word, word + "!"] for word in rng.choice(TEXTS, rows)],
+            "age": pa.array([None if row % 3 == 0 else row for row in range(rows)]),
+        }
+    )
+    columns = [Column(dtype, dtype) for dtype in NUMBERS] + [
+        Column("pair", "float64", (2,)),
+        Column("history", "int32", (None,)),
+        Column("title", "string"),
+        Column("words", "string", (None,)),
+        Column("names", "string", (2,)),
+        Column("age", "int16", null=-1),
+    ]
+    # By hand: what comes back is what went in, with -1 for a null.
+    want = [tuple(row.values())[:-1] + (-1 if row["age"] is None else row["age"],) for row in table.to_pylist()]
+    parts = [table[:100], table[100:101], table[101:101], table[101:]]
+    manifest = record_batches.write(tmp_path, parts, columns, rows_per_record=64, compression=compression)
+    assert multiset(plain_reader(tmp_path)) == multiset(want)
+    assert multiset(map(tuple, python_rows(manifest))) == multiset(want)
+    record_batches.verify(Manifest.load(tmp_path))
+    saved = json.loads((tmp_path / "manifest.json").read_text())
+    assert saved["rows"] == rows and saved["version"] == 2 and saved["rows_per_record"] == 64
+    assert saved["columns"][-1] == {"name": "age", "dtype": "int16", "shape": [], "null": -1}
+    assert saved["columns"][-5] == {"name": "history", "dtype": "int32", "shape": [None], "null": None}
+
+
+def values(dtype: str):
+    """Values of a dtype, its limits among them."""
+    if dtype == "string":
+        return st.one_of(st.sampled_from(TEXTS), st.text(max_size=8))
+    if dtype.startswith("float"):
+        return st.floats(width=int(dtype[5:]), allow_nan=False, allow_infinity=False)
+    limits = np.iinfo(dtype)
+    return st.one_of(st.sampled_from([limits.min, limits.max, 0]), st.integers(int(limits.min), int(limits.max)))
+
+
+@st.composite
+def exports(draw):
+    """Arrow tables with their columns, for one export: of a few drawn values, in any number of rows."""
+    kinds = st.tuples(st.sampled_from([*NUMBERS, "string"]), st.sampled_from([(), (None,), (1,), (3,)]))
+    columns = [Column(f"c{n}", *kind) for n, kind in enumerate(draw(st.lists(kinds, min_size=1, max_size=4)))]
+    pools = [draw(st.lists(values(column.dtype), min_size=1, max_size=6)) for column in columns]
+    rng, made = np.random.default_rng(draw(st.integers(0, 2**32))), []
+    for rows in draw(st.lists(st.integers(0, 500), min_size=1, max_size=3)):
+        skip, arrays = draw(st.integers(0, 3)), []
+        for column, pool in zip(columns, pools, strict=True):
+            kind = pa.string() if column.dtype == "string" else pa.from_numpy_dtype(column.dtype)
+
+            def some(number, pool=pool):
+                return [pool[index] for index in rng.integers(0, len(pool), number)]
+
+            if column.shape == (None,):
+                array = pa.array([some(n) for n in rng.integers(0, 4, rows + skip)], pa.list_(kind))
+            elif column.shape:
+                array = pa.array([some(column.shape[0]) for _ in range(rows + skip)], pa.list_(kind, *column.shape))
+            else:
+                array = pa.array(some(rows + skip), kind)
+            at = sorted(rng.integers(0, rows + 1, draw(st.integers(0, 2))) + skip)
+            ends = zip([skip, *at], [*at, rows + skip], strict=True)  # slices with offsets into one buffer
+            arrays.append(pa.chunked_array([array[begin:end] for begin, end in ends], array.type))
+        made.append(pa.table(arrays, [column.name for column in columns]))
+    return made, columns
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    export=exports(),
+    rows_per_record=st.integers(1, 600),
+    seed=st.integers(-(2**63), 2**64),
+    compression=st.sampled_from(["", "GZIP"]),
+)
+def test_any_table_comes_back(tmp_path_factory, export, rows_per_record, seed, compression):
+    made, columns = export
+    folder, options = tmp_path_factory.mktemp("any"), {"rows_per_record": rows_per_record, "compression": compression}
+    want = [row.values() for table in made for row in table.to_pylist()]
+    if not want:
+        with pytest.raises(ValueError, match="0 rows to write"):
+            record_batches.write(folder, made, columns, seed=seed, **options)
+        return
+    record_batches.write(folder, made, columns, seed=seed, **options)
+    manifest = Manifest.load(folder)
+    record_batches.verify(manifest)
+    assert multiset(python_rows(manifest)) == multiset(map(list, want))
+    sizes = [batch[columns[0].name].shape[0] for batch in record_batches.read(manifest)]
+    assert len(sizes) == sum(-(-table.num_rows // rows_per_record) for table in made)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 4096])
+def test_strings_are_cut_apart_whatever_their_number(rows):
+    """`_strings` cuts by sixteens; counts around their powers, and far more strings than a record has rows."""
+    rng = np.random.default_rng(rows)
+    for count in (0, 1, 2, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 65537):
+        pieces = [b"%x" % number * length for number, length in enumerate(rng.integers(0, 4, count))]
+        offsets = np.concatenate([[0], np.cumsum(list(map(len, pieces)))]).astype("i4")
+        found = record_batches._strings(tf.constant(b"".join(pieces)), tf.constant(offsets), rows)
+        assert found.numpy().tolist() == pieces, count
+
+
+def test_lists_of_far_more_strings_than_rows(tmp_path):
+    lists = [[f"{row}-{place}" for place in range(7000)] for row in range(5)]
+    table = pa.table({"words": lists})
+    manifest = record_batches.write(tmp_path, [table], [Column("words", "string", (None,))], rows_per_record=2)
+    assert sorted(words for (words,) in python_rows(manifest)) == lists
 
 
 @pytest.mark.parametrize("compression", ["", "GZIP"])
@@ -101,7 +278,12 @@ def test_a_second_export_replaces_the_first_and_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(
     ("column", "values", "dtype", "says"),
     [
-        ("item_index", [1, 2**31], "int32", "'item_index', value 1 is 2147483648, expected a whole number of -2147483648 to 2147483647 (int32)"),
+        (
+            "item_index",
+            [1, 2**31],
+            "int32",
+            "'item_index', value 1 is 2147483648, expected a whole number of -2147483648 to 2147483647 (int32)",
+        ),
         ("item_index", [1, None], "int64", "'item_index' is null in 1 rows, first in row 1"),
         ("rating", [1.0, float("nan")], "float32", "'rating', value 1 is nan, expected a finite number"),
         ("rating", [float("inf"), 1.0], "float32", "'rating', value 0 is inf, expected a finite number"),

@@ -1,5 +1,6 @@
 -- Whom do we ask, what have they seen, and what did they take next? All rows of the users who have both a
 -- training history and a test row; of many users, every stride-th.
+-- Users in row 0 are left out: with oov_buckets = 1 in vocabularies.sql, those are all that training never saw.
 -- parameter stride: INT64  1 asks everyone
 -- reads examples; writes evaluation_pairs
 CREATE OR REPLACE TABLE evaluation_pairs AS
