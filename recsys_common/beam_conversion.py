@@ -11,13 +11,15 @@ or, without a line of Python:
 
 An element of the pipeline is the number of a unit; what a unit is, and why one that is done twice counts once, stands
 in `conversion.py`. Whatever is killed (a worker, the pipeline, this process), the same call continues. Dataflow itself
-repeats a bundle that fails, four times; and it goes on with a job whose launcher is gone, until somebody cancels it.
+tries a bundle of units four times before a job fails, and a job stops when it is cancelled, not when this process ends.
 
 Workers need this package and TensorFlow. IMAGE has them: `FROM apache/beam_python3.11_sdk:2.77.0`, with the Python and
 the Beam of the launcher, and `pip install` of this repository. `--setup_file ./pyproject.toml` needs no image but the
 package `build`; then each worker installs all of that before it starts. A worker's memory holds `rows_per_file` rows
-for each of its threads. See beam.apache.org/documentation/sdks/python-pipeline-dependencies and
-cloud.google.com/dataflow/docs/reference/pipeline-options. Without flags, Beam's DirectRunner runs in this process.
+for each of its threads. Without flags, Beam's DirectRunner does one unit at a time in this process.
+
+Sources: beam.apache.org/documentation/sdks/python-pipeline-dependencies, and of cloud.google.com/dataflow/docs
+reference/pipeline-options, guides/build-container-image, guides/common-errors, guides/stopping-a-pipeline.
 
 Needs: bigquery.py conversion.py embedded_bigquery.py record_batches.py scale.py (and the extra `beam`)
 """
@@ -119,7 +121,7 @@ def _arguments(words: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--bucket", default="", help="Cloud Storage bucket of the warehouse, without gs://")
     parser.add_argument("--dataset", default=bigquery.DATASET, help="of --table (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows (%(default)s)")
-    parser.add_argument("--compression", choices=["GZIP"], default="", help="of the files; none if not given")
+    parser.add_argument("--compression", choices=["ZLIB"], default="", help="of the files; none if not given")
     parser.add_argument("--rows-per-file", type=int, default=ROWS_PER_FILE, help="at most (%(default)s)")
     given, flags = parser.parse_known_args(words)
     flags += [f"--project={given.project}"] * bool(given.project)

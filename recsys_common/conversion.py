@@ -63,13 +63,14 @@ class ParquetFiles:
                 raise FileNotFoundError(f"{missing}: no such files")
             self.units = sorted({path for paths in found for path in paths})
             footers = list(pool.map(self._footer, self.units))
-        self.rows, schemas = zip(*footers, strict=True)
+        self.rows, schemas, marks = zip(*footers, strict=True)
         self.schema = schemas[0]
         for unit, other in zip(self.units, schemas, strict=True):
             self._compare(unit, other)
         sizes = [tf.io.gfile.stat(unit) for unit in self.units]
         self.about = {"files": self.units} | (about or {})
-        self.state = [[unit, stat.length, stat.mtime_nsec] for unit, stat in zip(self.units, sizes, strict=True)]
+        # A modification time has whole seconds here; the footer has the least and greatest value of every column.
+        self.state = [(u, s.length, s.mtime_nsec, mark) for u, s, mark in zip(self.units, sizes, marks, strict=True)]
 
     @staticmethod
     def _find(pattern: str) -> list[str]:
@@ -91,9 +92,10 @@ class ParquetFiles:
         except OSError as error:
             raise OSError(f"{path}: could not be read ({error}). If it is damaged, export it again.") from error
 
-    def _footer(self, path: str) -> tuple[int, pa.Schema]:
+    def _footer(self, path: str) -> tuple[int, pa.Schema, str]:
         with self._open(path) as file:
-            return file.metadata.num_rows, file.schema_arrow.remove_metadata()
+            mark = hashlib.sha256(repr(file.metadata.to_dict()).encode()).hexdigest()
+            return file.metadata.num_rows, file.schema_arrow.remove_metadata(), mark
 
     def _compare(self, unit: str, other: pa.Schema) -> None:
         for name in dict.fromkeys([*self.schema.names, *other.names]):
@@ -130,11 +132,6 @@ class TableShards:
         # Before the rows are looked at: should they change in between, what is read now is not taken up later.
         changed = warehouse.changed(table)
         self.snapshot, counts, self.where = warehouse.shard_counts(table, equal or {})
-        if None in counts:
-            raise ValueError(
-                f"table {table!r}: column 'shard' is NULL in {counts[None]:,} rows, which would be left out; expected "
-                "0 to n-1. Replace it in the SQL that makes the table."
-            )
         self.rows, self._shards = list(counts.values()), list(counts)
         self.units = [f"{table}, shard {shard}" for shard in counts]
         self.schema = warehouse.open(table, streams=1, snapshot=self.snapshot).arrow_schema
@@ -241,6 +238,12 @@ class Conversion:
         with ThreadPoolExecutor(32) as pool:  # a question to Cloud Storage takes 50 ms, and there may be 10,000 units
             receipts = list(pool.map(_read_json, map(self._receipt, range(len(self.source.units)))))
             files = [File(**file) for receipt in receipts for file in receipt]
+            there = set(tf.io.gfile.listdir(self.folder))
+            if gone := [file.name for file in files if file.name not in there]:
+                raise FileNotFoundError(
+                    f"{self.folder}: {gone[0]}, which was converted, is gone: another export into this folder was "
+                    "finished meanwhile. Run the same command again, or choose another folder."
+                )
             options = (self.rows_per_record, self.compression, self.seed)
             manifest = Manifest(self.folder, self.columns, files, *options, self.source.about).save()
             names = [name for name in tf.io.gfile.listdir(self.folder) if name.startswith((PLAN, "unit-"))]

@@ -64,7 +64,7 @@ def batches(
         if seed is not None:
             paths = tf.random.experimental.stateless_shuffle(paths, tf.stack([tf.cast(seed, tf.int64), epoch]))
         dataset = tf.data.Dataset.from_tensor_slices(paths).interleave(
-            lambda path: tf.data.TFRecordDataset(path, manifest.compression).map(decode),
+            lambda path: tf.data.TFRecordDataset(path).map(decode),
             cycle_length=FILES_AT_ONCE if seed is not None else 1,
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,

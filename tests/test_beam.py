@@ -62,7 +62,7 @@ def warehouse():
 
 def test_parquet_files_become_the_same_files_as_in_process(tmp_path):
     source = ParquetFiles(write_parquet(tmp_path / "export", files=3, rows=1000))
-    options = {"seed": 3, "rows_per_file": 400, "compression": "GZIP"}
+    options = {"seed": 3, "rows_per_file": 400, "compression": "ZLIB"}
     expected = conversion.convert(tmp_path / "threads", source, COLUMNS, **options)
     work = conversion.begin(tmp_path / "beam", source, COLUMNS, **options)
     counters = beam_conversion.run(work).metrics().query()["counters"]
@@ -123,7 +123,7 @@ def test_a_killed_pipeline_continues_and_does_nothing_again(tmp_path):
 def test_a_unit_done_by_several_workers_at_once_counts_once(tmp_path, files, rows, rows_per_file):
     """Large units meet while a file is written, small ones while their receipt is."""
     source = ParquetFiles(write_parquet(tmp_path / "export", files, rows))
-    work = conversion.begin(tmp_path / "beam", source, COLUMNS, rows_per_file=rows_per_file, compression="GZIP")
+    work = conversion.begin(tmp_path / "beam", source, COLUMNS, rows_per_file=rows_per_file, compression="ZLIB")
     together = Barrier(4)
 
     def unit(number: int) -> int:
@@ -194,7 +194,7 @@ def test_a_bad_value_fails_by_name_and_leaves_the_earlier_export(tmp_path, capsy
         (["--parquet", "x", "--table", "t"], 2, "--table: not allowed with argument --parquet"),
         (["--parquet", "x", "--columns", "rating"], 2, "'rating' is not name:dtype,name:dtype,...: column 'rating'"),
         (["--parquet", "x", "--columns", "rating:float"], 2, "column 'rating': float of shape (), expected int8, "),
-        (["--parquet", "x", "--compresion", "GZIP"], 2, "--compresion: a flag neither of this command nor of Beam"),
+        (["--parquet", "x", "--compresion", "ZLIB"], 2, "--compresion: a flag neither of this command nor of Beam"),
         (["--parquet", "x", "--rows-per-file", "0"], 2, "--rows-per-file 0: expected 1 or more"),
         (["--parquet", "x", "--where", "split=train"], 2, "--where split=train: expected name=value, and --table"),
         (["--table", "t", "--project", "p", "--bucket", "b", "--where", "train"], 2, "--where train: expected name="),
