@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import random
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,14 +29,26 @@ import pyarrow as pa
 import tensorflow as tf
 from tqdm import tqdm
 
-from recsys_common import bigquery, conversion, ratings_table, record_batches, routes, scale
+from recsys_common import bigquery, conversion, input_pipeline, ratings_table, record_batches, routes, scale
 from recsys_common.datasets import simulated
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {"user_id": "int64", "item_id": "int64", "rating": "float32", "timestamp": "int64"}
 ROWS, LARGE, SHARDS, UNIT = 2_000_000, 50_000_000, 8, 1_000_000
 BATCH_SIZE = 4096  # of the routes that must batch rows themselves
-ROUNDS, KILLS = 7, 10
+ROUNDS, KILLS = 9, 10
+ROUTES = ("csv.gz", "csv", "tfrecord row", "packed", "parquet")
+NAMES = {
+    "csv.gz": "gzipped CSV",
+    "csv": "CSV",
+    "tfrecord row": "TFRecord, one Example a row",
+    "packed": "batches packed by BigQuery in SQL",
+    "parquet": "Parquet through a Python generator",
+    "table stream": "the table itself, no files",
+    "record batches ZLIB": "record batches, compressed",
+    "record batches, shuffled": "record batches, shuffled, batches of 4,096",
+    "record batches": "**record batches** (route 4)",
+}
 
 
 def rate(rows: int, work: Callable) -> float:
@@ -97,13 +109,22 @@ def storage_read(warehouse: bigquery.Warehouse) -> None:
     assert warehouse.read("export_rows", list(COLUMNS)).num_rows == ROWS
 
 
-def raw_read(manifest: record_batches.Manifest) -> tf.data.Dataset:
-    """What `record_batches.read` does, without the decoding."""
+def raw_read(manifest: record_batches.Manifest, then: Callable | None = None) -> tf.data.Dataset:
+    """What `record_batches.read` does, with something else in place of the decoding, or with nothing."""
+
+    def records(path: tf.Tensor) -> tf.data.Dataset:
+        dataset = tf.data.TFRecordDataset(path)
+        return dataset.map(then) if then else dataset
+
     return tf.data.Dataset.from_tensor_slices(manifest.paths).interleave(
-        lambda path: tf.data.TFRecordDataset(path),
-        cycle_length=record_batches.FILES_AT_ONCE,
-        num_parallel_calls=tf.data.AUTOTUNE,
+        records, cycle_length=record_batches.FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE
     )
+
+
+def parsed(manifest: record_batches.Manifest) -> Callable:
+    """The first half of decoding: each feature copied out of its record, and not yet into a tensor of numbers."""
+    spec = {feature: tf.io.FixedLenFeature([], tf.string) for c in manifest.columns for feature in c.features}
+    return lambda record: tf.io.parse_single_example(record, spec)
 
 
 def through(dataset: tf.data.Dataset, passes: int = 1) -> tuple[int, Callable]:
@@ -152,21 +173,29 @@ def routes_rows(warehouse: bigquery.Warehouse, folder: Path) -> list[dict]:
     plain, gzip = (record_batches.Manifest.load(folder / name) for name in ("rows", "gzip"))
     assert [f.sha256 for f in plain.files] == [f.sha256 for f in record_batches.Manifest.load(folder / "stored").files]
 
-    reads = {
-        "csv.gz": through(routes.read_csv(made["csv.gz"], COLUMNS, BATCH_SIZE)),
+    shuffled = input_pipeline.batches(plain, BATCH_SIZE, seed=1, drop_remainder=False)
+    # What is divided by each other stands close together in time: few cases, one round after the other.
+    found = interleaved(
+        {
+            "csv.gz": through(routes.read_csv(made["csv.gz"], COLUMNS, BATCH_SIZE)),
+            "record batches": through(record_batches.read(plain), 40),
+            "raw read": through(raw_read(plain), 40),
+            "raw read, parsed": through(raw_read(plain, parsed(plain)), 40),
+        },
+        ROUNDS,
+    )
+    others = {
         "csv": through(routes.read_csv(made["csv"], COLUMNS, BATCH_SIZE)),
         "tfrecord row": through(routes.read_rows(made["tfrecord row"], COLUMNS, BATCH_SIZE)),
         "parquet": through(parquet_batches(made["parquet"])),
         "storage read": (ROWS, lambda: storage_read(warehouse)),
         "table stream": through(routes.table_stream(warehouse, "export_rows", COLUMNS, BATCH_SIZE)),
         "packed": through(routes.read_packed(made["packed"])),
-        "record batches": through(record_batches.read(plain), 25),
-        "record batches ZLIB": through(record_batches.read(gzip), 3),
-        "raw read": through(raw_read(plain), 25),
+        "record batches ZLIB": through(record_batches.read(gzip), 5),
+        "record batches, shuffled": through(shuffled, 5),
     }
-    found = interleaved(reads, ROUNDS)
-    rows += [spread(case, values) for case, values in found.items()]
-    for other in ("csv.gz", "raw read"):
+    rows += [spread(case, values) for case, values in (found | interleaved(others, 5)).items()]
+    for other in ("csv.gz", "raw read", "raw read, parsed"):
         ratios = [fast / slow for fast, slow in zip(found["record batches"], found[other], strict=True)]
         rows.append(spread(f"record batches / {other}", ratios, "ratio"))
     sizes = {route: folder_bytes(paths) for route, paths in made.items()}
@@ -188,8 +217,10 @@ def convert_here(parquet: str, to: str) -> None:
     print("begins", flush=True)
     start = time.perf_counter()
     source = conversion.ParquetFiles(f"{parquet}/*.parquet")
-    manifest = conversion.convert(to, source, COLUMNS, rows_per_file=UNIT)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    manifest = conversion.convert(to, source, COLUMNS)
+    # Not ru_maxrss, in which Linux hands a child its parent's peak.
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
     print(json.dumps({"rows": manifest.rows, "seconds": time.perf_counter() - start, "peak": peak}))
 
 
@@ -224,10 +255,14 @@ def kill_rows(parquet: str, undisturbed: Path, folder: Path) -> list[dict]:
     end, whole = (record_batches.Manifest.load(place) for place in (folder, undisturbed))
     assert end.files == whole.files and end.columns == whole.columns
     assert sorted(os.listdir(folder)) == sorted([*(file.name for file in end.files), record_batches.MANIFEST])
-    print("units finished at each kill:", *finished)
+    units = len(list(Path(parquet).glob("*.parquet")))
+    print("units finished at each kill:", *finished, "of", units)
+    assert 0 < finished[-1] < units and finished == sorted(finished), (
+        "the kills came too early, too late, or undid work"
+    )
     return [
         {"case": "kills, then equal to an undisturbed conversion", "value": KILLS, "unit": "kills"},
-        {"case": "units finished at the last kill", "value": finished[-1], "unit": f"of {len(whole.files)} units"},
+        {"case": "units finished at the last kill", "value": finished[-1], "unit": f"of {units} units"},
     ]
 
 
@@ -266,6 +301,48 @@ def in_units(tables, rows: int):
         yield pa.concat_tables(held)
 
 
+def finish(content: dict) -> None:
+    """Write the result file, run chapter 2, which reads it, add its seconds, and bring the README up to date."""
+    path = ROOT / "benchmarks" / "data_export.json"
+    scale.write_json(path, content)
+    book = [sys.executable, str(ROOT / "tools/book.py"), "run", "2", "--force"]
+    subprocess.run(book, check=True, stdout=subprocess.DEVNULL)
+    run = json.loads((ROOT / "runs" / "small" / "chapter-2" / "run.json").read_text())
+    content["rows"] = [row for row in content["rows"] if not row["case"].startswith("chapter 2")]
+    content["rows"] += [
+        {"case": "chapter 2", "value": run["seconds"], "unit": "s"},
+        {"case": "chapter 2: peak memory", "value": run["peak_memory_mb"], "unit": "MB"},
+    ]
+    print(scale.write_json(path, content))
+    page = ROOT / "README.md"
+    page.write_text(readme(content, page.read_text()))
+
+
+def readme(content: dict, text: str) -> str:
+    """README.md with the figures of this result file in their places."""
+    of = {row["case"]: row["value"] for row in content["rows"]}
+    lines = [
+        "From a BigQuery table to tensors, chapter 2: two int64 ids, a float32, an int64 "
+        f"([benchmarks/data_export.json](benchmarks/data_export.json), {content['machine']['cores']} cores, "
+        "embedded BigQuery).",
+        "",
+        "| route | M rows/s, every epoch | bytes a row | M rows/s, made once |",
+        "|---|---|---|---|",
+    ]
+    for route in (*ROUTES, "table stream", "record batches ZLIB", "record batches, shuffled", "record batches"):
+        once = of.get("export storage read" if route == "record batches" else f"export {route}")
+        size = of.get(f"bytes/row {route}")
+        name = NAMES.get(route, route)
+        lines.append(
+            f"| {name} | {of[route]:.2f} | {'' if size is None else f'{size:.1f}'} | "
+            f"{'' if once is None else f'{once:.2f}'} |"
+        )
+    block = "\n".join(lines)
+    mark = "from benchmarks/data_export.json"
+    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
+    return re.sub(r"(\| \[2 data export\].*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {of['chapter 2']:.0f} |", text)
+
+
 def main() -> None:
     """Measure everything and write the result file."""
     parser = argparse.ArgumentParser(description="Measure the routes of chapter 2; writes benchmarks/data_export.json.")
@@ -289,7 +366,7 @@ def main() -> None:
         shutil.rmtree(folder / "killed")
         rows += large_rows(warehouse, folder)
     content = scale.result("data_export", rows, scale="benchmark", dataset="simulated")
-    print(scale.write_json(ROOT / "benchmarks" / "data_export.json", content | {"commit": started_from}))
+    finish(content | {"commit": started_from})
 
 
 if __name__ == "__main__":

@@ -66,11 +66,11 @@ import pandas as pd
 import tensorflow as tf
 from recsys_common import (
     bigquery,
+    conversion,
     datasets,
     evaluation,
     input_pipeline,
     ratings_table,
-    record_batches,
     saving,
     scale,
     splits,
@@ -93,10 +93,10 @@ tf.__version__
 # tables = datasets.load(DATASET, DATA_DIR, rows=rows, seed=SEED)
 # ratings_table.load(warehouse, tables, ITEMS_TABLE)
 # made_by = splits.split(warehouse, SPLIT, tables.time)
-# warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
+# warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=pieces)
 # warehouse.run("examples.sql", shards=num_files)
-# shards = warehouse.shards("examples", {"split": "train"}, list(columns))
-# train = record_batches.write(folder, shards, columns, seed=SEED)
+# source = conversion.TableShards(warehouse, "examples", {"split": "train"})
+# train = conversion.convert(folder, source, columns, seed=SEED)
 # batches = input_pipeline.batches(train, BATCH_SIZE, epochs=EPOCHS, seed=SEED)
 # model = MatrixFactorization(num_users, num_items, DIM, frequency, seed=SEED)
 # model.compile(optimizer=tf.keras.optimizers.Adagrad(LEARNING_RATE))
@@ -181,7 +181,8 @@ warehouse.query(parts).to_pandas()
 # there; in Python they are a dictionary that does not fit.
 
 # %%
-warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
+pieces = 1 + loaded // 100_000_000  # one worker should not number hundreds of millions of ids
+warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=pieces)
 num_files = max(8, loaded // ROWS_PER_FILE)
 warehouse.run("examples.sql", shards=num_files)
 items = warehouse.read("item_vocabulary").sort_by("item_index").to_pandas()
@@ -198,8 +199,8 @@ items[["item_index", "item_id", "frequency"]].head(3)
 # %%
 folder = warehouse.local(f"{warehouse.storage}/chapter-1/train")
 columns = {"user_index": "int32", "item_index": "int32"}
-shards = warehouse.shards("examples", {"split": "train"}, list(columns))
-train = record_batches.write(folder, shards, columns, seed=SEED)
+source = conversion.TableShards(warehouse, "examples", {"split": "train"})
+train = conversion.convert(folder, source, columns, seed=SEED)
 bytes_a_row = train.bytes / train.rows
 print(f"{train.rows:,} rows in {len(train.files)} files, {bytes_a_row:.1f} bytes a row")
 

@@ -105,6 +105,7 @@ class Warehouse:
         self.project, self.dataset, self.storage = project, dataset, f"gs://{bucket}"
         self.server, self.location, self.maximum_bytes_billed = server, location, maximum_bytes_billed
         self._ran: dict[str, dict] = {}
+        self._made: set[str] = set()
         # The client puts these into every query that does not set its own.
         config = bigquery.QueryJobConfig(
             default_dataset=f"{project}.{dataset}", maximum_bytes_billed=maximum_bytes_billed
@@ -186,7 +187,11 @@ class Warehouse:
           **parameters: values for `@name`: int -> INT64, float -> FLOAT64, str -> STRING, list of int -> ARRAY<INT64>.
         """
         job = self.client.query(sql, job_config=_with(parameters), retry=self.retry())
-        return job.result(retry=self.retry()).to_arrow(create_bqstorage_client=False)
+        rows = job.result(retry=self.retry()).to_arrow(create_bqstorage_client=False)
+        # Names without a dataset: those are ours.
+        created = r"^\s*CREATE (?:OR REPLACE )?(?:TABLE|VIEW) (?:IF NOT EXISTS )?(?!IF NOT )(\w+)(?![\w.-])"
+        self._made.update(re.findall(created, sql, re.MULTILINE))
+        return rows
 
     def scanned(self, sql: str, **parameters: int | float | str | list[int]) -> int | None:
         """Bytes that `query` would be billed for, by a dry run, which is free and changes nothing.
@@ -237,7 +242,8 @@ class Warehouse:
     def blocks(self, session: Session, stream: str) -> Iterator[pa.RecordBatch]:
         """The rows of one stream of a session, in blocks of some ten thousand, in Arrow."""
         schema = session.arrow_schema
-        for response in self._reader.read_rows(stream):
+        # The client's own patience with a service that is gone is a day long, and silent.
+        for response in self._reader.read_rows(stream, retry=self.retry()):
             yield pa.ipc.read_record_batch(pa.py_buffer(response.arrow_record_batch.serialized_record_batch), schema)
 
     def read(self, table: str, columns: list[str] | None = None, where: str = "", snapshot: str = "") -> pa.Table:
@@ -298,8 +304,9 @@ class Warehouse:
         return found.modified.isoformat()
 
     def provenance(self, table: str) -> dict:
-        """Where a table came from: its full name, and the SQL files that were run in this dataset, with parameters."""
-        return {"project": self.project, "dataset": self.dataset, "table": table, "sql": list(self._ran.values())}
+        """Where a table came from: its name, all tables made in this dataset, the SQL files run, with parameters."""
+        names = {"project": self.project, "dataset": self.dataset, "table": table, "tables": sorted(self._made)}
+        return names | {"sql": list(self._ran.values())}
 
     def __reduce__(self):
         """Another process, such as a Beam worker, gets a connection of its own to the same warehouse."""

@@ -3,10 +3,10 @@
     python -m recsys_common.cleanup --bucket my-bucket                 (make clean-cloud BUCKET=my-bucket)
     python -m recsys_common.cleanup --bucket my-bucket --confirm       (make clean-cloud BUCKET=my-bucket CONFIRM=1)
 
-Ours is what a `manifest.json` with `"made_by": "recsys_common"` names: the files beside it, and the table that its
-`source` names by project, dataset and table, if that dataset carries our label. Everything else stays, and so does what
-a manifest that is not ours names too. A manifest is deleted after all that it names, so an interrupted deletion can be
-run again.
+Ours is what a `manifest.json` with `"made_by": "recsys_common"` names: the files beside it, and the tables that its
+`source` names (where the rows came from, and what was made on the way), if their dataset carries our label. Everything
+else stays, and so does what a manifest that is not ours names too, and a table that was made anew after its export.
+A manifest is deleted after all that it names, so an interrupted deletion can be run again.
 
 Needs: bigquery.py embedded_bigquery.py scale.py
 """
@@ -14,6 +14,7 @@ Needs: bigquery.py embedded_bigquery.py scale.py
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import json
 import os
@@ -37,7 +38,8 @@ class Found:
       text: what it says.
       wrong: why it is not one of ours; "" if it is.
       files: name -> (rows, bytes) of the files that it names; empty if it is not ours.
-      table: the project.dataset.table that its rows came from, or "".
+      tables: each project.dataset.table that its `source` names: where its rows came from, what was made on the way.
+      snapshot: the moment whose rows were exported; None if the `source` does not say.
       beside: names of the files in its folder, itself included.
     """
 
@@ -45,7 +47,8 @@ class Found:
     text: str
     wrong: str
     files: dict[str, tuple[int, int]]
-    table: str
+    tables: tuple[str, ...]
+    snapshot: datetime.datetime | None
     beside: set[str]
 
 
@@ -89,19 +92,26 @@ def _found(path: str, beside: set[str]) -> Found:
     try:
         content = json.loads(text)
     except ValueError as error:
-        return Found(path, text, f"not JSON: {error}", {}, "", beside)
+        return Found(path, text, f"not JSON: {error}", {}, (), None, beside)
     if not isinstance(content, dict) or content.get("made_by") != MADE_BY:
-        return Found(path, text, f"not ours: it does not say made_by {MADE_BY}", {}, "", beside)
+        return Found(path, text, f"not ours: it does not say made_by {MADE_BY}", {}, (), None, beside)
     try:
         files = {str(file["name"]): (int(file["rows"]), int(file["bytes"])) for file in content["files"]}
         source = content["source"] if {"version", "columns"} <= set(content) else None
-        names = [source.get(key) for key in ("project", "dataset", "table")]
+        on_the_way, snapshot = source.get("tables", []), source.get("snapshot_time")
+        if not isinstance(on_the_way, list) or not all(isinstance(table, str) for table in on_the_way):
+            raise TypeError(f"source.tables is {on_the_way!r}")
+        if snapshot and (snapshot := datetime.datetime.fromisoformat(snapshot)).tzinfo is None:
+            raise ValueError(f"source.snapshot_time {snapshot} has no time zone")
+        tables = {source.get("table"), *on_the_way} - {None}
+        places = [(source.get("project"), source.get("dataset"), table) for table in sorted(tables)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         wrong = f"damaged: {type(error).__name__} {error}, expected version, columns, files, source as we write them"
-        return Found(path, text, wrong, {}, "", beside)
+        return Found(path, text, wrong, {}, (), None, beside)
     if outside := [name for name in files if name in ("", ".", "..", MANIFEST) or os.path.basename(name) != name]:
-        return Found(path, text, f"damaged: it names {outside[0]!r}, expected files beside it", {}, "", beside)
-    return Found(path, text, "", files, ".".join(names) if all(isinstance(n, str) for n in names) else "", beside)
+        return Found(path, text, f"damaged: it names {outside[0]!r}, expected files beside it", {}, (), None, beside)
+    whole = tuple(".".join(names) for names in places if all(isinstance(name, str) for name in names))
+    return Found(path, text, "", files, whole, snapshot or None, beside)
 
 
 def clean(folder: str, connect: Callable[[], object], confirm: bool = False) -> None:
@@ -141,7 +151,8 @@ def clean(folder: str, connect: Callable[[], object], confirm: bool = False) -> 
             print(f"keep    {place}: {stay} other files there, which no manifest of ours names")
     for other in others:
         print(f"keep    {other.path} and its folder: {other.wrong}")
-    tables = {table: _table(table, others, connect) for table in sorted({m.table for m in ours if m.table})}
+    named = sorted({table for manifest in ours for table in manifest.tables})
+    tables = {table: _table(table, ours, others, connect) for table in named}
     kinds = {table: kind for table, kind in tables.items() if kind}
     count = f"{totals[0]:,} files ({totals[1]:,} rows, {totals[2]:,} bytes), {len(ours)} manifests, {len(kinds)} tables"
     if not ours:
@@ -154,14 +165,14 @@ def clean(folder: str, connect: Callable[[], object], confirm: bool = False) -> 
                 raise RuntimeError(f"{manifest.path} changed just now: an export is being written. Run this again.")
             for path in doomed[manifest.path]:
                 tf.io.gfile.remove(path)
-            kind = kinds.get(manifest.table)
-            if kind and manifest.table not in {later.table for later in ours[number + 1 :]}:
-                _drop(connect(), kind, manifest.table)
+            still_named = {table for later in ours[number + 1 :] for table in later.tables}
+            for table in sorted(kinds.keys() & set(manifest.tables) - still_named):
+                _drop(connect(), kinds[table], table)
             tf.io.gfile.remove(manifest.path)
         print(f"Deleted: {count}.")
 
 
-def _table(table: str, others: list[Found], connect: Callable[[], object]) -> str:
+def _table(table: str, ours: list[Found], others: list[Found], connect: Callable[[], object]) -> str:
     """Print what is to become of a table; "TABLE" or "VIEW" if it is to be deleted, otherwise ""."""
     from google.api_core.exceptions import NotFound
 
@@ -187,6 +198,10 @@ def _table(table: str, others: list[Found], connect: Callable[[], object]) -> st
         return ""
     if there.table_type not in ("TABLE", "VIEW"):
         print(f"keep    table {table}: a {there.table_type}, which we never make")
+        return ""
+    exported = [manifest.snapshot for manifest in ours if table in manifest.tables and manifest.snapshot]
+    if exported and there.created > max(exported):
+        print(f"keep    table {table}: made anew on {there.created}, after the export that names it")
         return ""
     print(f"delete  {there.table_type.lower()} {table}: {there.num_rows or 0:,} rows, {there.num_bytes or 0:,} bytes")
     return there.table_type

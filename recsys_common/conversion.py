@@ -6,9 +6,9 @@
 A source has units (shards, files) that are converted independently of each other, by the threads of this process or by
 the workers of a Beam pipeline (`beam_conversion.py`). A unit that is done leaves a receipt beside its files. Whatever
 kills the conversion, the same call continues: units with a receipt are not read again, the others start over, and the
-manifest is written when there is a receipt for each. Memory holds `rows_per_file` rows for each thread.
+manifest is written when there is a receipt for each. Memory holds the rows of one file for each thread.
 
-Needs: record_batches.py scale.py
+Needs: record_batches.py scale.py (and, for a table, bigquery.py embedded_bigquery.py)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -32,6 +33,7 @@ from recsys_common import scale
 from recsys_common.record_batches import VERSION, Column, File, Manifest, batch_rows, schema, write_file
 
 ROWS_PER_FILE = 4_000_000  # 112 MB of two ids, a rating and a time
+PAUSE_SECONDS = 1
 ATTEMPTS = 3  # for a unit whose source breaks half-way
 PLAN, RECEIPT = "conversion.json", "unit-{:05d}-{}.json"  # a receipt is of a unit and a plan
 
@@ -62,12 +64,11 @@ class ParquetFiles:
             if missing := [each for each, paths in zip(patterns, found, strict=True) if not paths] or not patterns:
                 raise FileNotFoundError(f"{missing}: no such files")
             self.units = sorted({path for paths in found for path in paths})
-            footers = list(pool.map(self._footer, self.units))
+            footers, sizes = list(pool.map(self._footer, self.units)), list(pool.map(tf.io.gfile.stat, self.units))
         self.rows, schemas, marks = zip(*footers, strict=True)
         self.schema = schemas[0]
         for unit, other in zip(self.units, schemas, strict=True):
             self._compare(unit, other)
-        sizes = [tf.io.gfile.stat(unit) for unit in self.units]
         self.about = {"files": self.units} | (about or {})
         # A modification time has whole seconds here; the footer has the least and greatest value of every column.
         self.state = [(u, s.length, s.mtime_nsec, mark) for u, s, mark in zip(self.units, sizes, marks, strict=True)]
@@ -134,7 +135,9 @@ class TableShards:
         self.snapshot, counts, self.where = warehouse.shard_counts(table, equal or {})
         self.rows, self._shards = list(counts.values()), list(counts)
         self.units = [f"{table}, shard {shard}" for shard in counts]
-        self.schema = warehouse.open(table, streams=1, snapshot=self.snapshot).arrow_schema
+        # Of one shard: the embedded service fetches all rows of a session when it is opened.
+        one = f"shard = {self._shards[0]}"
+        self.schema = warehouse.open(table, where=one, streams=1, snapshot=self.snapshot).arrow_schema
         self.about = warehouse.provenance(table) | {
             "where": self.where,
             "shards": len(counts),
@@ -183,6 +186,7 @@ class Conversion:
             except self.source.breaks:
                 if attempt + 1 == ATTEMPTS:
                     raise
+                time.sleep(PAUSE_SECONDS * 4**attempt)  # a service that is short of something needs a moment
             else:
                 break
         _write_json(self._receipt(number), [asdict(file) for file in files])
@@ -191,16 +195,17 @@ class Conversion:
     def _files(self, number: int) -> Iterator[File]:
         names = [column.name for column in self.columns]
         held, rows, part, found, expected = [], 0, 0, 0, self.source.rows[number]
+        size = self._rows_of_a_file(number)
         for block in self.source.blocks(number, names):
             found += block.num_rows
             if found > expected:
                 break  # at once: a stream that breaks and starts over, again and again, would never end
             while block.num_rows:
-                taken = block.slice(0, self.rows_per_file - rows)
+                taken = block.slice(0, size - rows)
                 block = block.slice(taken.num_rows)
                 held.append(taken)
                 rows += taken.num_rows
-                if rows == self.rows_per_file:
+                if rows == size:
                     yield self._file(number, part, held)
                     held, rows, part = [], 0, part + 1
         if found != expected:
@@ -216,8 +221,16 @@ class Conversion:
         blocks.clear()
         where, seed = self.source.units[number], self.seed + number
         if part:  # rows in an error are counted from there
-            where += f", rows after the first {part * self.rows_per_file:,}"
-        return write_file(self.folder, name, table, self.columns, self.rows_per_record, seed, self.compression, where)
+            where += f", rows after the first {part * self._rows_of_a_file(number):,}"
+        options = (self.rows_per_record, seed, self.compression, where)
+        file = write_file(self.folder, name, table, self.columns, *options)
+        pa.default_memory_pool().release_unused()  # otherwise each thread's share of it grows for a while
+        return file
+
+    def _rows_of_a_file(self, number: int) -> int:
+        """A unit of a few rows more than `rows_per_file` makes one file; a larger one, files of equal size."""
+        rows = self.source.rows[number]
+        return -(-rows // max(1, round(rows / self.rows_per_file)))
 
     def _receipt(self, number: int) -> str:
         # A worker of an earlier conversion that nobody stopped leaves receipts too: the plan keeps them apart.

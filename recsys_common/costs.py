@@ -3,9 +3,9 @@
     python -m recsys_common.costs --chapter 2 --rows 1e9                (make plan SCALE=full CHAPTER=2)
     python -m recsys_common.costs --chapter 2 --table p.shop.ratings    rows and a dry run from BigQuery
 
-Bytes are columns times rows. With `--table`, BigQuery is asked for the table's rows and for a dry run; both are free.
-Prices stand in `prices.json`, each with its source and the day on which it was read, or marked unread: then amounts are
-printed. Hours and bytes in files come from `benchmarks/data_export.json`, which `make bench` writes in a checkout.
+Bytes are columns times rows. With `--table`, BigQuery is asked for its rows and a dry run; both are free. A price in
+`prices.json` has its source and day, or is unread: then amounts are printed. Hours and bytes in files come from
+`benchmarks/data_export.json`, which `make bench` writes in a checkout.
 
 Needs: scale.py sql/ prices.json
 """
@@ -24,8 +24,7 @@ from recsys_common import scale
 SQL_FOLDER, PRICES = Path(__file__).parent / "sql", Path(__file__).parent / "prices.json"
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "data_export.json"
 FULL_ROWS = 50e9
-# What a unit in prices.json begins with: how many bytes or hours that is.
-UNITS = {"TiB": 2**40, "GiB": 2**30, "hour": 1}
+UNITS = {"TiB": 2**40, "GiB": 2**30, "hour": 1}  # what a unit in prices.json begins with: its bytes or hours
 # The prices, and what their amounts are called in a line of the plan.
 KINDS = dict(query="query", storage_read="read", export="export")
 KINDS |= dict(bigquery_storage="tables", cloud_storage="files", worker="worker")
@@ -55,6 +54,22 @@ COLUMNS, SHARDED = 4 * NUMBER, 5 * NUMBER  # user_id, item_id, rating, timestamp
 # Chapter 2: the statements that read the reader's own table, bytes a row. The second reads both ids twice.
 STATEMENTS = {"check_ratings.sql": COLUMNS, "export_rows.sql": COLUMNS + 2 * NUMBER}
 ROWS_PER_FILE = 4_000_000  # and a shard, as in conversion.py
+SAMPLED = 8 * ROWS_PER_FILE  # rows in route_rows: SAMPLE_FILES of chapter 2
+OTHER = (  # whichever route, as in ROAD; an array is billed as its elements
+    ("temporal_split.sql: the clock, then every column", 5 * NUMBER, 0, "query"),
+    ("vocabularies.sql: ids and split, twice; the counts", 2 * (NUMBER + SPLIT), 6 * NUMBER, "query"),
+    ("hashed_ids.sql: both ids, then every column", 6 * NUMBER + SPLIT, 0, "query"),
+    ("histories.sql: every column, and both vocabularies", 4 * NUMBER + SPLIT, 3 * NUMBER, "query"),
+    ("one user's histories: every row, with 20 items a history", (3 + 20) * NUMBER, 0, "query"),
+    ("item_frequencies.sql, and looks at the vocabularies", 0, 5 * NUMBER, "query"),
+    ("how many ratings each split and each shard has", 3 * NUMBER + SPLIT, 0, "query"),
+    ("split_ratings, hashed_examples", 2 * (4 * NUMBER + SPLIT), 0, "bigquery_storage"),
+    ("histories, with 20 items a history", (5 + 20) * NUMBER + SPLIT, 0, "bigquery_storage"),
+    ("user_vocabulary and item_vocabulary", 0, 4 * NUMBER, "bigquery_storage"),
+)
+# The case that is nearer to a full run, where it was measured: what training reads, and 50 million rows.
+BETTER = {"record batches": "record batches, shuffled", "export storage read": "storage read, 50M rows"}
+BETTER["write record batches"] = "write record batches, 50M rows"
 # Route -> the price at which rows leave BigQuery; the files that stay, as `bytes/row ...` of the benchmark names them,
 # EXPORT DATA's first; the case in which machines of ours make files, for paid hours; the case that reads an epoch.
 ROUTES = {
@@ -71,9 +86,7 @@ ROUTES = {
 def load_prices(path: str | Path = PRICES) -> dict[str, dict]:
     """The prices, name in `KINDS` -> `FIELDS`; price, currency and read (YYYY-MM-DD) are None while it is unread.
 
-    Raises:
-      ValueError: not JSON, a name too many or too few, a field missing or impossible, a price without its source, date
-        or currency, two currencies. The message says which price, what was found and what was expected.
+    Raises ValueError, which says which price, what was found and what was expected; also for two currencies.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -112,16 +125,12 @@ def _wrong(entry: dict) -> str:
 
 
 def bill(amounts: dict[str, float | None], prices: dict[str, dict]) -> str:
-    """What amounts cost, such as "3.20 USD + unread: 4.77 TiB query".
-
-    `amounts` is kind -> bytes, hours for "worker"; None where the amount itself is not known, 0 where there is none.
-    """
+    """Such as "3.20 USD + unread: 4.77 TiB query"; amounts are bytes, hours for "worker", None where not known."""
     money, unread = 0.0, []
     for kind, amount in amounts.items():
         price, unit = prices[kind]["price"], prices[kind]["unit"].split()[0]
         if amount is None or (amount and price is None):
-            number = "?" if amount is None else figure(amount / UNITS[unit])
-            unread.append(f"{number} {unit.replace('hour', 'h')} {KINDS[kind]}")
+            unread.append(f"{figure(amount and amount / UNITS[unit])} {unit.replace('hour', 'h')} {KINDS[kind]}")
         else:
             money += amount / UNITS[unit] * (price or 0)
     currency = next((price["currency"] for price in prices.values() if price["currency"]), "in your currency")
@@ -157,8 +166,9 @@ def size(value: float | None) -> str:
 
 
 def hours(rows: float, cases: set[str], measured: dict[str, float]) -> float | None:
-    """Hours for `rows` in all these cases, one after another; None where one was not measured."""
-    return sum(rows / measured[case] for case in cases) / 3.6e9 if cases <= set(measured) else None
+    """Hours for `rows` in all these cases, or `BETTER` ones, one after another; None where one was not measured."""
+    speeds = [measured.get(BETTER.get(case), measured.get(case)) for case in cases]
+    return None if None in speeds else sum(rows / speed for speed in speeds) / 3.6e9
 
 
 def road_plan(rows: float, ids: float, prices: dict[str, dict]) -> str:
@@ -170,22 +180,18 @@ def road_plan(rows: float, ids: float, prices: dict[str, dict]) -> str:
         lines.append(f"{what:58}{size(amount):>14}  {KINDS[kind]}")
     lines += ["", f"{'in all':9}{bill(total, prices)}"]
     lines += [f"{KINDS[kind]:9}{bill({kind: amount}, prices)}" for kind, amount in total.items()]
-    lines += price_list({kind: prices[kind] for kind in total})
-    lines += ["Tables and files are billed until they are deleted, here for a month. Chapter 5 prices training."]
-    return "\n".join(lines)
+    last = "Tables and files are billed until they are deleted, here for a month. Chapter 5 prices training."
+    return "\n".join([*lines, *price_list({kind: prices[kind] for kind in total}), last])
 
 
 def load_benchmark(path: str | Path = BENCHMARK) -> dict | None:
-    """`benchmarks/data_export.json` with its rows as {case: value}; None where it is not there.
-
-    Raises ValueError for a speed that is not in million rows a second, or a value that is not positive.
-    """
+    """`benchmarks/data_export.json`, rows as {case: value}; None: no file. ValueError: other units or not above 0."""
     if not Path(path).is_file():
         return None
     content, used = json.loads(Path(path).read_text(encoding="utf-8")), {}
     for name, (_, files, worker, epoch) in ROUTES.items():
         used |= {f"bytes/row {file}": "bytes" for file in files}
-        used |= dict.fromkeys([f"export {name}", worker, epoch], "M rows/s")
+        used |= dict.fromkeys([f"export {name}", worker, epoch, *BETTER.values()], "M rows/s")
     for row in content["rows"]:
         if (unit := used.get(row["case"], "")) and not (row["unit"] == unit and row["value"] > 0):
             raise ValueError(f"{path}, {row['case']!r}: {row['value']} {row['unit']}, expected {unit} above 0")
@@ -195,8 +201,7 @@ def load_benchmark(path: str | Path = BENCHMARK) -> dict | None:
 def amounts(name: str, rows: float, own: float, measured: dict[str, float]) -> dict[str, float | None]:
     """What a route uses, for `bill`; `own` is the bytes that `STATEMENTS` scan, `measured` the benchmark's rows."""
     billed, files, worker, _ = ROUTES[name]
-    widths = [measured.get(f"bytes/row {file}") for file in files]
-    written = [None if width is None else rows * width for width in widths]
+    written = [rows * width if (width := measured.get(f"bytes/row {file}")) else None for file in files]
     return {
         # Every route checks the reader's table and makes export_rows; an export counts its rows by shard.
         "query": own + rows * (NUMBER * bool(files) + SHARDED * (billed == "query")),
@@ -208,10 +213,10 @@ def amounts(name: str, rows: float, own: float, measured: dict[str, float]) -> d
     }
 
 
-def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dry_run: dict | None = None) -> str:
+def routes_plan(rows: float, prices: dict, benchmark: dict | None, dry_run: dict | None = None, ids=100e6) -> str:
     """Chapter 2: what is scanned and how that is known, then every route at `rows` and at 50 billion rows.
 
-    `dry_run` is the bytes of `STATEMENTS` over the reader's table, None where there was no dry run.
+    `dry_run` is the bytes of `STATEMENTS` over the reader's table, None where there was none; `ids`: as `road_plan`.
     """
     sizes = {n: {file: n * a_row for file, a_row in STATEMENTS.items()} for n in (rows, FULL_ROWS)}
     sizes[rows] = dry_run or sizes[rows]
@@ -228,10 +233,17 @@ def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dr
         if what.endswith("your table") and dry_run:
             cells[0] = f"{size(dry_run[what.split(':')[0]])}, dry run"
         lines.append(f"{what:58}{a_row:6}" + "".join(f"{cell:>26}" for cell in cells))
-    lines.append(
-        "Schema x rows: 8 bytes a value. The table export_rows does not exist yet, so no dry run can know it. It is"
-    )
-    lines.append("clustered by shard: a statement for one shard is taken to scan that shard alone.")
+    lines.append("Schema x rows: 8 bytes a value. export_rows does not exist yet, so no dry run can know it. A shard")
+    lines.append("is taken to be scanned alone, which is a lower bound: it may be smaller than a storage block.")
+    lines += ["", "The chapter's other SQL, whichever route:".ljust(58) + f"{'a row':>6}{'an id':>7}  billed as"]
+    lines += [f"{what:58}{a_row:6}{an_id:7}  {KINDS[kind]}" for what, a_row, an_id, kind in OTHER]
+    lines.append(f"route_rows.sql, in the bills: at most {SAMPLED:,} rows of {SHARDED} bytes, exported 4 times, kept")
+    for n in sizes:
+        few, some = min(n, SAMPLED) * SHARDED, min(ids, 2 * n)
+        total = {"query": 5 * few, "bigquery_storage": few}
+        for _, a_row, an_id, kind in OTHER:
+            total[kind] += n * a_row + some * an_id
+        lines.append(f"in all, {n:,.0f} rows and {some:,.0f} ids: {bill(total, prices)}")
     measured = benchmark["rows"] if benchmark else {}
     heads = ("scanned", "read", "in tables", "in files", "files", "hours to make", "hours an epoch")
     widths = (11, 11, 12, 12, 9, 15, 16)
@@ -241,31 +253,23 @@ def routes_plan(rows: float, prices: dict[str, dict], benchmark: dict | None, dr
         for name, (_, files, worker, epoch) in ROUTES.items():
             cells = [size(used[name][k]) for k in ("query", "storage_read", "bigquery_storage", "cloud_storage")]
             cells += [f"{math.ceil(n / ROWS_PER_FILE) * len(files):,}" if files else "-"]
-            making = {f"export {name}", worker} - {""}  # Parquet is exported, then converted
-            cells += [figure(hours(n, making, measured) if files else 0), figure(hours(n, {epoch}, measured))]
+            making = {f"export {name}", worker} - {""} if files else set()  # Parquet is exported, then converted
+            cells += [figure(hours(n, cases, measured)) for cases in (making, {epoch})]
             lines.append(f"{name:14}" + "".join(map(str.rjust, cells, widths)))
         lines += ["", f"{'route':14}costs to make, read for one epoch from BigQuery, and keep for a month"]
         lines += [f"{name:14}{bill(used[name], prices)}" for name in ROUTES]
-    lines += [
-        "",
-        "scanned, read, in tables: from the lines on top. A table stream has no files, and reads in every epoch.",
-    ]
+    lines += ["", "scanned, read, in tables: as on top. A table stream has no files, and reads in every epoch."]
+    known = "not known (?). `make bench`, in a checkout, measures them on that machine."
     if benchmark:
         cpu, cores, memory = (benchmark["machine"][name] for name in ("cpu", "cores", "memory_gb"))
-        lines.append(
-            f"in files, hours: benchmarks/data_export.json, {benchmark['date'][:10]}, with the embedded BigQuery,"
-        )
-        lines.append(f"on one machine of {cores} cores ({cpu}) and {memory} GB. ?: not measured there.")
-    else:
-        lines.append("in files, hours: not known (?). `make bench`, in a checkout, measures them on that machine.")
-    return "\n".join(lines + price_list(prices))
+        known = f"benchmarks/data_export.json, {benchmark['date'][:10]}, with the embedded BigQuery, on one machine\n"
+        known += f"of {cores} cores ({cpu}) and {memory} GB. ?: not measured there. Record batches: shuffled when\n"
+        known += "they are read, 50 million rows when they are made, where that was measured."
+    return "\n".join([*lines, f"in files, hours: {known}", *price_list(prices)])
 
 
 def look_up(client, table: str) -> tuple[int | None, dict[str, int] | None]:
-    """The table's rows, None for a view; and a dry run's bytes of `STATEMENTS`, None where BigQuery says 0.
-
-    Raises ValueError where BigQuery refuses: no such table or column, no permission.
-    """
+    """The table's rows, None for a view; a dry run's bytes of `STATEMENTS`, or None. ValueError: BigQuery refuses."""
     from google.api_core.exceptions import GoogleAPICallError
     from google.cloud import bigquery
 
@@ -276,8 +280,8 @@ def look_up(client, table: str) -> tuple[int | None, dict[str, int] | None]:
     try:
         for file in STATEMENTS:
             select = (SQL_FOLDER / file).read_text().split(" AS\n", 1)[-1].rstrip().removesuffix(";")
-            job = client.query(f"{ratings} SELECT * FROM (\n{select}\n)", job_config=config)
-            found[file] = job.total_bytes_processed
+            sql = f"{ratings} SELECT * FROM (\n{select}\n)"
+            found[file] = client.query(sql, job_config=config).total_bytes_processed
         return client.get_table(table).num_rows or None, found if all(found.values()) else None
     except GoogleAPICallError as error:
         raise ValueError(f"{table}: {error.message}") from error
@@ -289,7 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Say what a full run scans, reads and stores; nothing is paid for.")
     parser.add_argument("--chapter", type=int, default=1, help="chapter number (default: 1)")
     parser.add_argument("--rows", type=float, help="ratings (default: the table's, or 50e9)")
-    parser.add_argument("--ids", type=float, default=100e6, help="users and items, for chapter 1 (default: 100e6)")
+    parser.add_argument("--ids", type=float, default=100e6, help="users and items together (default: 100e6)")
     parser.add_argument("--project", default="", help="Google Cloud project, to ask about the table")
     parser.add_argument("--table", default="", help="project.dataset.table, to ask for its rows and a dry run")
     for kind, price in prices.items():
@@ -316,10 +320,8 @@ def main() -> int:
         if (given := getattr(arguments, f"price_{kind}")) is not None:
             prices[kind] = price | {"price": given, "read": None}
     print(f"chapter {arguments.chapter}, SCALE=full{', ' + table if table else ''}")
-    if arguments.chapter == 1:
-        print(road_plan(rows or FULL_ROWS, arguments.ids, prices))
-    else:
-        print(routes_plan(rows or FULL_ROWS, prices, load_benchmark(BENCHMARK), dry_run))
+    rows, ids, one = rows or FULL_ROWS, arguments.ids, arguments.chapter == 1
+    print(road_plan(rows, ids, prices) if one else routes_plan(rows, prices, load_benchmark(BENCHMARK), dry_run, ids))
     return 0
 
 

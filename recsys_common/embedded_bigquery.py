@@ -14,6 +14,7 @@ Needs: nothing else (packages of the extra `embedded`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import queue
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,6 +138,7 @@ class _Latest(dict):
 
 
 async def _serve(root: Path, parent_pipe: int, answer) -> None:
+    import grpc.aio
     from bqemulator.config import LogLevel, PersistenceMode, Settings
     from bqemulator.server import EmulatorServer
     from bqemulator.streaming import read_session
@@ -153,6 +156,8 @@ async def _serve(root: Path, parent_pipe: int, answer) -> None:
     )
     # The emulator keeps the rows of every Storage Read session until it ends, which is a copy of each table read.
     read_session._SESSIONS = _Latest()
+    # Its gRPC server keeps a thread for each stream that is not read to its end, and by default has few.
+    grpc.aio.server = functools.partial(grpc.aio.server, migration_thread_pool=ThreadPoolExecutor(1000))
     server = EmulatorServer(settings)
     await server.start()
     print(json.dumps({"rest": server.rest_url, "grpc": server.grpc_endpoint}), file=answer, flush=True)

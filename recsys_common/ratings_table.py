@@ -81,7 +81,13 @@ def _view(warehouse: Warehouse, name: str, table: str) -> None:
                 f"{table}: column {column!r} is {types.get(column, 'missing')}, expected {' or '.join(wanted)}; the "
                 f"table has {', '.join(types)}. Make a view that renames or casts, and give its name instead."
             )
-    columns = ["UNIX_SECONDS(timestamp) AS timestamp" if types[c] == "TIMESTAMP" else c for c in SOURCES[name]]
+    # All routes out of the warehouse then meet one type; a NUMERIC would arrive as a decimal, which no file takes.
+    casts = {
+        ("rating", "NUMERIC"): "CAST(rating AS FLOAT64) AS rating",
+        ("rating", "INT64"): "CAST(rating AS FLOAT64) AS rating",
+        ("timestamp", "TIMESTAMP"): "UNIX_SECONDS(timestamp) AS timestamp",
+    }
+    columns = [casts.get((column, types[column]), column) for column in SOURCES[name]]
     _drop(warehouse, name)
     warehouse.query(f"CREATE VIEW {name} AS SELECT {', '.join(columns)} FROM `{table}`")
 

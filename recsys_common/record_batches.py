@@ -206,6 +206,7 @@ class Manifest:
 def foreign(manifest: Manifest) -> list[str]:
     """Names of the TFRecords, and the unfinished ones, in the folder that the manifest does not name."""
     found, named = tf.io.gfile.listdir(manifest.folder), {file.name for file in manifest.files}
+    named.add(f"{MANIFEST}.writing")  # of a manifest that was being replaced: no rows are in it
     return sorted(name for name in found if name.endswith((".tfrecord", ".writing")) and name not in named)
 
 
@@ -510,11 +511,13 @@ def _values(array: pa.Array, column: Column, where: str, ends: np.ndarray | None
 
 
 def _fits(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Which values `dtype` can hold: finite ones for a float, whole ones within its limits for an integer."""
+    """Which values `dtype` can hold: an integer's whole ones within its limits; of floats the finite ones, which lose
+    digits in a narrower float, and of integers in a float those that lose nothing: an id must not become another."""
     target = np.dtype(dtype)
     if target.kind == "f":
-        with np.errstate(over="ignore"):
-            return np.isfinite(values.astype(target, copy=False))
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = values.astype(target, copy=False)
+            return np.isfinite(stored) if values.dtype.kind == "f" else stored.astype(values.dtype) == values
     limits = np.iinfo(target)
     if values.dtype.kind != "f":
         return (values >= limits.min) & (values <= limits.max)

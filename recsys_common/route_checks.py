@@ -48,19 +48,26 @@ CASES = {
 
 
 def survival(warehouse: Warehouse) -> list[dict[str, str]]:
-    """Send every case down every route; replaces the table `route_checks`, and writes below `warehouse.storage`.
+    """Send every case down every route; of the table `route_checks` and files below `warehouse.storage`, nothing stays.
 
     Returns:
       {"route", "case", "outcome"}, case after case. An outcome is "kept", "becomes ..." with what arrived instead,
       "error: ..." with the beginning of the message, or "... rows" where one row became none or several.
     """
     values = ", ".join(f"{sql} AS value_{number}" for number, (sql, _, _) in enumerate(CASES.values()))
-    warehouse.query(f"CREATE OR REPLACE TABLE {TABLE} AS SELECT 0 AS shard, 1 AS id, {values}")
-    return [
-        {"route": route, "case": case, "outcome": _outcome(warehouse, send, f"value_{number}", dtype, sent)}
-        for number, (case, (_, dtype, sent)) in enumerate(CASES.items())
-        for route, send in ROUTES.items()
-    ]
+    try:
+        warehouse.query(f"CREATE OR REPLACE TABLE {TABLE} AS SELECT 0 AS shard, 1 AS id, {values}")
+        return [
+            {"route": route, "case": case, "outcome": _outcome(warehouse, send, f"value_{number}", dtype, sent)}
+            for number, (case, (_, dtype, sent)) in enumerate(CASES.items())
+            for route, send in ROUTES.items()
+        ]
+    finally:
+        # No manifest names them, so nobody would find them to delete.
+        warehouse.query(f"DROP TABLE IF EXISTS {TABLE}")
+        folder = warehouse.local(f"{warehouse.storage}/{TABLE}")
+        if tf.io.gfile.exists(folder):
+            tf.io.gfile.rmtree(folder)
 
 
 def _outcome(warehouse: Warehouse, send: Callable, column: str, dtype: str, sent) -> str:
@@ -120,9 +127,11 @@ def _rows(warehouse: Warehouse, columns: dict[str, str]) -> list:
 
 
 def _parquet(warehouse: Warehouse, columns: dict[str, str]) -> list:
-    (path,) = routes.export_parquet(warehouse, TABLE, f"{warehouse.storage}/{TABLE}/parquet", columns)
-    with tf.io.gfile.GFile(path, "rb") as stream:
-        return through_record_batches(pq.read_table(pa.BufferReader(stream.read())), columns)
+    tables = []
+    for path in routes.export_parquet(warehouse, TABLE, f"{warehouse.storage}/{TABLE}/parquet", columns):
+        with tf.io.gfile.GFile(path, "rb") as stream:
+            tables.append(pq.read_table(pa.BufferReader(stream.read())))
+    return through_record_batches(pa.concat_tables(tables), columns)
 
 
 def _storage_read(warehouse: Warehouse, columns: dict[str, str]) -> list:

@@ -238,7 +238,8 @@ def _examples(rows: pa.Table) -> Iterator[bytes]:
         for name, kind, value in zip(rows.column_names, kinds, row, strict=True):
             if value is not None:
                 getattr(example.features.feature[name], kind).value.extend(value if type(value) is list else [value])
-        yield example.SerializeToString()
+        # Otherwise a map's order, and so the bytes, differ from process to process.
+        yield example.SerializeToString(deterministic=True)
 
 
 def _cast(values: tf.Tensor | tf.RaggedTensor, dtype: str, name: str) -> tf.Tensor | tf.RaggedTensor:

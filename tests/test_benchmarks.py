@@ -12,12 +12,16 @@ ROAD, EXPORT = (json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) f
 REAL = ("ml-latest-small", "ml-latest-small split=leave-one-out", "ml-1m")
 
 
-@pytest.fixture(scope="module")
-def road():
-    spec = importlib.util.spec_from_file_location("road", ROOT / "benchmarks" / "road.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def road():
+    return script("road")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,11 @@ def test_it_was_measured_with_the_locked_versions(content):
     assert content["machine"]["cores"] == 2 and re.fullmatch(r"[0-9a-f]{12}\+?", content["commit"])
 
 
-def test_the_readme_quotes_it(road):
+@pytest.mark.parametrize("content", [ROAD, EXPORT], ids=["road", "data_export"])
+def test_the_readme_quotes_it(content):
     page = (ROOT / "README.md").read_text()
-    assert road.readme(ROAD, page) == page, "run make bench, or render the README from the result file"
+    rendered = script(content["name"]).readme(content, page)
+    assert rendered == page, "run make bench, or render the README from the result file"
 
 
 def test_matrix_factorization_beats_popularity_everywhere(of):
@@ -104,6 +110,10 @@ def test_fifty_million_rows_arrived(export):
     assert export["storage read, 50M rows: rows"] == 50_000_000
     assert export["storage read, 50M rows: checks equal"] == 10
     assert export["kills, then equal to an undisturbed conversion"] == 10
+
+
+def test_chapter_2_is_as_fast_as_promised(export):
+    assert export["chapter 2"] < 75 and export["chapter 2: peak memory"] < 4000
 
 
 def test_every_route_was_measured(export):

@@ -134,6 +134,28 @@ def test_examples_keep_every_row_once_and_spread_them(warehouse):
     assert max(popular) < 3 * min(popular)
 
 
+def test_a_table_knows_what_was_run_to_make_it():
+    with bigquery.connect() as own:
+        load(own, small_tables())
+        own.run("leave_last_out.sql", holdout=2)
+        own.query("CREATE OR REPLACE TABLE copied AS SELECT * FROM ratings")
+        found = own.provenance("copied")
+    assert found["tables"] == ["copied", "items", "ratings", "split_ratings"] and found["table"] == "copied"
+    (check, split) = found["sql"]
+    assert check["file"] == "check_ratings.sql" and split["parameters"] == {"holdout": 2}
+    assert split["text"] == (bigquery.SQL_FOLDER / "leave_last_out.sql").read_text()
+
+
+def test_only_what_was_made_in_this_dataset_is_known_as_made():
+    with bigquery.connect() as own:
+        own.client.create_dataset("shop")
+        own.query("CREATE TABLE IF NOT EXISTS first AS SELECT 1 AS x")
+        own.query("CREATE TABLE shop.ratings AS SELECT 1 AS x")
+        own.query("CREATE TABLE IF NOT EXISTS shop.others AS SELECT 1 AS x")
+        own.query("CREATE OR REPLACE VIEW second AS SELECT x FROM first")
+        assert own.provenance("second")["tables"] == ["first", "second"]
+
+
 def test_values_go_in_as_parameters(loaded):
     title = "C, or D'; DROP TABLE items; --"
     assert loaded.query("SELECT COUNT(*) AS n FROM items WHERE title = @t", t=title).to_pylist() == [{"n": 0}]
@@ -165,6 +187,11 @@ def test_an_existing_table_is_read_in_place(loaded, theirs):
     load(loaded, in_place("ratings"))
     assert rows_of(loaded.query("SELECT * FROM ratings")) == before
     assert loaded.count("items") == 0
+    for kind in ("NUMERIC", "INT64"):  # whole numbers here, so that both hold them
+        theirs(f"SELECT user_id, item_id, CAST(rating AS {kind}) AS rating, timestamp FROM shop.ratings")
+        load(loaded, in_place("other"))
+        assert loaded.read("ratings").schema.field("rating").type == pa.float64()
+        assert rows_of(loaded.query("SELECT * FROM ratings")) == before
     load(loaded, small_tables())  # and a table in the place of the view again
     assert rows_of(loaded.query("SELECT * FROM ratings")) == before
     assert loaded.query("SELECT COUNT(*) AS n FROM shop.ratings")["n"][0].as_py() == 10

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -117,6 +118,11 @@ def test_deletes_what_it_listed_and_nothing_beside_it(tmp_path, capsys):
         ({"files": ["part-1"]}, "damaged: TypeError"),
         ({"files": 5}, "damaged: TypeError"),
         ({"source": "a table"}, "damaged"),
+        ({"source": {"tables": "ratings"}}, "damaged: TypeError source.tables is 'ratings'"),
+        ({"source": {"tables": ["ratings", 5]}}, "damaged: TypeError source.tables is ['ratings', 5]"),
+        ({"source": {"snapshot_time": "yesterday"}}, "damaged: ValueError"),
+        ({"source": {"snapshot_time": "2026-01-01T00:00:00"}}, "has no time zone"),
+        ({"source": {"snapshot_time": 5}}, "damaged: TypeError"),
         ({"files": [{"name": "../part-1", "rows": 1, "bytes": 1}]}, "it names '../part-1', expected files beside it"),
         ({"files": [{"name": "/part-1", "rows": 1, "bytes": 1}]}, "it names '/part-1'"),
         ({"files": [{"name": "x/part-1", "rows": 1, "bytes": 1}]}, "it names 'x/part-1'"),
@@ -214,6 +220,32 @@ def test_tables_of_our_dataset_go_and_the_readers_own_stay(tmp_path, tables, war
     assert f"keep    table {PROJECT}.shop.ratings: not ours, its dataset has the labels {{}}" in said
     assert "3 manifests, 2 tables." in said and "not_named" not in said
     assert tables.there() == {"not_named"} and tables.there("shop") == {"ratings"} and tree(tmp_path) == set()
+
+
+def test_what_was_made_on_the_way_goes_too(tmp_path, tables, warehouse):
+    tables("counted"), tables("not_named")
+    export(tmp_path, 5, source=tables("examples") | {"tables": ["counted", "examples", "gone"]})
+    cleanup.clean(str(tmp_path), lambda: warehouse.client, confirm=True)
+    assert tables.there() == {"not_named"} and tree(tmp_path) == set()
+
+
+def test_a_table_that_was_made_anew_after_its_export_stays(tmp_path, tables, warehouse, capsys):
+    def now() -> str:
+        return warehouse.query("SELECT CURRENT_TIMESTAMP() AS now")["now"][0].as_py().isoformat()
+
+    anew, kept, again = tables("anew"), tables("kept"), tables("again", "VIEW")
+    first = {"snapshot_time": now()}
+    export(tmp_path / "a", 5, source=anew | first | {"tables": ["again"]})
+    export(tmp_path / "b", 5, source=kept | first)
+    time.sleep(0.01)  # BigQuery tells milliseconds
+    tables("anew"), tables("again", "VIEW")
+    export(tmp_path / "0", 5, source=again | {"snapshot_time": now()})  # the later of two exports of it
+    cleanup.clean(str(tmp_path), lambda: warehouse.client, confirm=True)
+    said = capsys.readouterr().out
+    created = warehouse.client.get_table(f"{PROJECT}.recsys_common.anew").created
+    table = f"{PROJECT}.recsys_common.anew"
+    assert f"keep    table {table}: made anew on {created}, after the export that names it" in said
+    assert tables.there() == {"anew"} and tree(tmp_path) == set() and "3 manifests, 2 tables." in said
 
 
 def test_a_table_that_a_manifest_of_others_names_stays(tmp_path, tables, warehouse, capsys):

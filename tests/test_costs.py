@@ -175,6 +175,43 @@ def test_every_route_is_told_at_50_billion_rows_too(tmp_path):
     assert costs.routes_plan(50e9, costs.load_prices(), None).count("AT 50,000,000,000 ROWS") == 1
 
 
+def test_what_every_route_needs_is_billed_beside_the_routes(tmp_path):
+    rows, billion = 1_000_000, 10**9
+    text = costs.routes_plan(rows, priced(query=2**40 / billion, bigquery_storage=2**30 / billion), None)
+    block = next(block for block in text.split("\n\n") if block.startswith("The chapter's other SQL"))
+    bills = [line.rpartition(": ")[2] for line in block.splitlines()[-2:]]
+    # a price of 1 for 1e9 bytes. Bytes a row scanned: split 40, vocabularies 30, hashed 55, histories 39, one user's
+    # 184, counts 31 = 379; stored: 39 + 39 + 207 = 285. An id: 48 + 24 + 40 = 112 scanned, 32 stored. route_rows: 40
+    # bytes for each of 32 M rows at most, scanned five times, stored once.
+    small = (379 + 285 + 240) * rows + 144 * 2 * rows
+    full = (379 + 285) * 50e9 + 240 * 32e6 + 144 * 100e6
+    assert bills == [f"{small / billion:,.2f} USD", f"{full / billion:,.2f} USD"]
+    assert "1,000,000 rows and 2,000,000 ids" in block and "50,000,000,000 rows and 100,000,000 ids" in block
+    assert "with 20 items a history" in block
+    fewer = costs.routes_plan(rows, priced(query=1), None, ids=70)
+    assert "in all, 1,000,000 rows and 70 ids: " in fewer
+    chapter = (ROOT / "chapters" / "2_data_export.py").read_text()
+    scripts = {"temporal_split.sql", *re.findall(r'"(\w+\.sql)"', chapter)}
+    assert "hashed_ids.sql" in scripts and [name for name in scripts if name not in text] == []
+    assert f"SAMPLE_FILES = {costs.SAMPLED // costs.ROWS_PER_FILE} " in chapter and "HISTORY = 20\n" in chapter
+
+
+def test_hours_come_from_the_case_nearest_to_a_full_run(tmp_path):
+    path, rows = benchmark_file(tmp_path), 12_960_000_000
+    content = json.loads(path.read_text())
+    nearer = {"record batches, shuffled": 1.8, "storage read, 50M rows": 0.6, "write record batches, 50M rows": 1.2}
+    content["rows"] += [{"case": case, "value": value, "unit": "M rows/s"} for case, value in nearer.items()]
+    path.write_text(json.dumps(content))
+    cells, cost = lines_of(costs.routes_plan(rows, costs.load_prices(), costs.load_benchmark(path)), rows)
+    assert cells["parquet"][-2:] == ["4.00", "2.00"] and cost["parquet"].endswith(" + 3.00 h worker")  # 1 h of export
+    assert cells["storage read"][-2:] == ["6.00", "2.00"] and cost["storage read"].endswith(" + 6.00 h worker")
+    assert cells["csv.gz"][-2:] == ["2.00", "1.00"] and cells["table stream"][-2:] == ["-", "3.00"]
+    content["rows"][-1]["unit"] = "rows/s"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"'write record batches, 50M rows': 1\.2 rows/s, expected M rows/s"):
+        costs.load_benchmark(path)
+
+
 def test_a_plan_fits_a_terminal(tmp_path):
     benchmark = costs.load_benchmark(benchmark_file(tmp_path))
     every = dict.fromkeys(costs.KINDS, 0.123)
@@ -196,6 +233,7 @@ def test_each_number_of_bytes_says_where_it_comes_from(tmp_path):
     assert len(made) == 5 and all(line.startswith("export_rows") for line in made)
     assert all(line.count("schema x rows") == 2 and "dry run" not in line for line in made)
     assert "does not exist yet, so no dry run can know it" in text
+    assert "taken to be scanned alone, which is a lower bound: it may be smaller than a storage block" in text
     cells, _ = lines_of(text, rows)
     assert cells["table stream"][0] == "384 GiB"
     cells, _ = lines_of(text, 50_000_000_000)

@@ -455,6 +455,14 @@ def test_nulls_are_replaced_by_what_the_manifest_says(tmp_path, values, column, 
     assert Manifest.load(tmp_path).columns == [column]
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(2**53 + 1, "float64"), (2**24 + 1, "float32"), (2**63 - 1, "float64")])
+def test_an_integer_that_a_float_would_round_is_refused(tmp_path, value, dtype):
+    with pytest.raises(
+        ValueError, match=f"column 'x', row 1 holds {value}, expected a finite number that fits \\({dtype}"
+    ):
+        record_batches.write(tmp_path, [pa.table({"x": [value - 1 if value < 2**60 else 2**62, value]})], {"x": dtype})
+
+
 @pytest.mark.parametrize(
     ("column", "says"),
     [

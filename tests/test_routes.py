@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from recsys_common import bigquery, record_batches, route_checks, routes
+from recsys_common import bigquery, conversion, record_batches, route_checks, routes
 from recsys_common.ratings_table import upload
 
 COLUMNS = {"user_id": "int64", "item_id": "int64", "rating": "float32", "timestamp": "int64"}
@@ -59,8 +58,8 @@ def rows_of(dataset: tf.data.Dataset, columns: dict[str, str] = COLUMNS) -> np.n
     return np.sort(np.concatenate(parts))
 
 
-def record_batches_of(folder, tables) -> tf.data.Dataset:
-    return record_batches.read(record_batches.write(folder, tables, COLUMNS, rows_per_record=1000))
+def converted(folder, source) -> tf.data.Dataset:
+    return record_batches.read(conversion.convert(folder, source, COLUMNS))
 
 
 def by_csv(warehouse, folder, gzip):
@@ -73,10 +72,10 @@ WAYS = {
     "tfrecord row": lambda w, folder, tmp: routes.read_rows(
         routes.export_rows(w, "export_rows", folder, COLUMNS), COLUMNS, 512
     ),
-    "parquet": lambda w, folder, tmp: record_batches_of(
-        tmp, map(pq.read_table, routes.export_parquet(w, "export_rows", folder, COLUMNS))
+    "parquet": lambda w, folder, tmp: converted(
+        tmp, conversion.ParquetFiles(routes.export_parquet(w, "export_rows", folder, COLUMNS))
     ),
-    "storage read": lambda w, folder, tmp: record_batches_of(tmp, w.shards("export_rows", {})),
+    "storage read": lambda w, folder, tmp: converted(tmp, conversion.TableShards(w, "export_rows")),
     "table stream": lambda w, folder, tmp: routes.table_stream(w, "export_rows", COLUMNS, 512),
     "packed": lambda w, folder, tmp: routes.read_packed(routes.export_packed(w, "export_rows", folder, 100)),
 }
@@ -302,7 +301,22 @@ def test_what_arrives_of_values_that_are_easily_lost(warehouse, monkeypatch):
     for case, outcomes in by_hand.items():
         said = [row["outcome"] for row in found if row["case"] == case]
         assert [re.sub(r"^error: .+", "error", outcome) for outcome in said] == outcomes, (case, said)
+    assert not tf.io.gfile.exists(warehouse.local(f"{warehouse.storage}/{route_checks.TABLE}"))
+    assert route_checks.TABLE not in {table.table_id for table in warehouse.client.list_tables(bigquery.DATASET)}
     assert all("tmp" not in row["outcome"] and "{{" not in row["outcome"] for row in found)
+
+
+def test_a_check_that_fails_leaves_nothing_either(warehouse, monkeypatch):
+    monkeypatch.setattr(route_checks, "CASES", {"empty string": route_checks.CASES["empty string"]})
+
+    def broken(*_):
+        raise KeyError("broken")
+
+    monkeypatch.setattr(route_checks, "ROUTES", {"csv": route_checks.ROUTES["csv"], "broken": broken})
+    with pytest.raises(KeyError, match="broken"):
+        route_checks.survival(warehouse)
+    assert not tf.io.gfile.exists(warehouse.local(f"{warehouse.storage}/{route_checks.TABLE}"))
+    assert route_checks.TABLE not in {table.table_id for table in warehouse.client.list_tables(bigquery.DATASET)}
 
 
 def test_a_difference_in_the_last_bit_is_no_survival():
