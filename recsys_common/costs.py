@@ -60,7 +60,6 @@ OTHER = (  # whichever route, as in ROAD; an array is billed as its elements
     ("vocabularies.sql: ids and split, twice; the counts", 2 * (NUMBER + SPLIT), 6 * NUMBER, "query"),
     ("hashed_ids.sql: both ids, then every column", 6 * NUMBER + SPLIT, 0, "query"),
     ("histories.sql: every column, and both vocabularies", 4 * NUMBER + SPLIT, 3 * NUMBER, "query"),
-    ("one user's histories: every row, with 20 items a history", (3 + 20) * NUMBER, 0, "query"),
     ("item_frequencies.sql, and looks at the vocabularies", 0, 5 * NUMBER, "query"),
     ("how many ratings each split and each shard has", 3 * NUMBER + SPLIT, 0, "query"),
     ("split_ratings, hashed_examples", 2 * (4 * NUMBER + SPLIT), 0, "bigquery_storage"),

@@ -180,11 +180,11 @@ def test_what_every_route_needs_is_billed_beside_the_routes(tmp_path):
     text = costs.routes_plan(rows, priced(query=2**40 / billion, bigquery_storage=2**30 / billion), None)
     block = next(block for block in text.split("\n\n") if block.startswith("The chapter's other SQL"))
     bills = [line.rpartition(": ")[2] for line in block.splitlines()[-2:]]
-    # a price of 1 for 1e9 bytes. Bytes a row scanned: split 40, vocabularies 30, hashed 55, histories 39, one user's
-    # 184, counts 31 = 379; stored: 39 + 39 + 207 = 285. An id: 48 + 24 + 40 = 112 scanned, 32 stored. route_rows: 40
+    # a price of 1 for 1e9 bytes. Bytes a row scanned: split 40, vocabularies 30, hashed 55, histories 39, counts
+    # 31 = 195; stored: 39 + 39 + 207 = 285. An id: 48 + 24 + 40 = 112 scanned, 32 stored. route_rows: 40
     # bytes for each of 32 M rows at most, scanned five times, stored once.
-    small = (379 + 285 + 240) * rows + 144 * 2 * rows
-    full = (379 + 285) * 50e9 + 240 * 32e6 + 144 * 100e6
+    small = (195 + 285 + 240) * rows + 144 * 2 * rows
+    full = (195 + 285) * 50e9 + 240 * 32e6 + 144 * 100e6
     assert bills == [f"{small / billion:,.2f} USD", f"{full / billion:,.2f} USD"]
     assert "1,000,000 rows and 2,000,000 ids" in block and "50,000,000,000 rows and 100,000,000 ids" in block
     assert "with 20 items a history" in block
