@@ -19,8 +19,8 @@
 #
 # At the end of this page you will have
 #
-# - the SQL that leaves nothing to do for Python: ids as row numbers or hashes, histories without a look into the future,
-#   frequencies, a shard number;
+# - the SQL that leaves nothing to do for Python: ids as row numbers or hashes, histories without a look into the
+#   future, frequencies, a shard number;
 # - six routes from the table to tensors, each a call, all with the same rows;
 # - a measured table: rows a second, bytes a row, hours at fifty billion rows, and what each route does to a NULL, a
 #   quote or a float's last bit;
@@ -98,8 +98,9 @@ tables.ratings.slice(0, 3).to_pandas()
 # A warehouse counts, sorts and joins billions of rows for a living, on machines that you do not have to start. What it
 # has not done when the rows leave, your training loop does in every epoch. Five things belong there.
 #
-# **The split**, by time or by each user's last item. Rows with equal timestamps are where leaks happen: the cut in time
-# puts all rows of a moment on the same side, and leave-one-out breaks ties by the item's id, always the same way.
+# **The split**, by time or by each user's last item. Rows with equal timestamps are where leaks happen: the cut in
+# time puts all rows of a moment on the same side, and leave-one-out breaks ties by the item's id, always the same
+# way.
 
 # %%
 made_by = splits.split(warehouse, SPLIT, tables.time)
@@ -107,10 +108,10 @@ parts = "SELECT split, COUNT(*) AS ratings FROM split_ratings GROUP BY split ORD
 warehouse.query(parts).to_pandas()
 
 # %% [markdown]
-# **Dense ids by frequency.** The most frequent id of the training rows becomes the first row of the embedding table, and so
-# on down. Ids that training saw fewer than `MINIMUM_FREQUENCY` times share the first `OOV_BUCKETS` rows, by hash: out of
-# the vocabulary, but not all of them one and the same. One `ROW_NUMBER` over a hundred million ids would be sorted by a
-# single worker, so the ids of one frequency are numbered in pieces.
+# **Dense ids by frequency.** The most frequent id of the training rows becomes the first row of the embedding table,
+# and so on down. Ids that training saw fewer than `MINIMUM_FREQUENCY` times share the first `OOV_BUCKETS` rows, by
+# hash: out of the vocabulary, but not all of them one and the same. One `ROW_NUMBER` over a hundred million ids would
+# be sorted by a single worker, so the ids of one frequency are numbered in pieces.
 
 # %%
 vocabulary = {"oov_buckets": OOV_BUCKETS, "minimum_frequency": MINIMUM_FREQUENCY}
@@ -122,10 +123,11 @@ FROM item_vocabulary GROUP BY vocabulary ORDER BY first_row"""
 warehouse.query(about, oov=OOV_BUCKETS).to_pandas()
 
 # %% [markdown]
-# **Hashed ids**, where a vocabulary is too much trouble: the row is the id's fingerprint modulo the rows of the table.
-# `FARM_FINGERPRINT` and `tf.strings.to_hash_bucket_fast` are the same function, but SQL sees a signed number and TensorFlow
-# an unsigned one. A plain `MOD(FARM_FINGERPRINT(id), n)` sends half of all ids elsewhere than the served model will. The
-# SQL file goes through the unsigned value. If it is right, TensorFlow finds as many ratings in each bucket as SQL did.
+# **Hashed ids**, where a vocabulary is too much trouble: the row is the id's fingerprint modulo the rows of the
+# table. `FARM_FINGERPRINT` and `tf.strings.to_hash_bucket_fast` are the same function, but SQL sees a signed number
+# and TensorFlow an unsigned one. A plain `MOD(FARM_FINGERPRINT(id), n)` sends half of all ids elsewhere than the
+# served model will. The SQL file goes through the unsigned value. If it is right, TensorFlow finds as many ratings in
+# each bucket as SQL did.
 
 # %%
 warehouse.run("hashed_ids.sql", user_buckets=1000, item_buckets=1000)
@@ -149,9 +151,10 @@ print(
 )
 
 # %% [markdown]
-# What does a hash cost? Two ids in one row are one and the same to the model. With m ids in n rows, a given id has its row
-# to itself with probability $(1 - 1/n)^{m-1}$: a table of as many rows as there are ids leaves 37% of them alone. Below,
-# measured on the users of this table (those up to id 1,000,000); what collisions do to the quality of a model is measured in chapter 7.
+# What does a hash cost? Two ids in one row are one and the same to the model. With m ids in n rows, a given id has
+# its row to itself with probability $(1 - 1/n)^{m-1}$: a table of as many rows as there are ids leaves 37% of them
+# alone. Below, measured on the users of this table (those up to id 1,000,000); what collisions do to the quality of a
+# model is measured in chapter 7.
 
 # %%
 m, sizes = len(ids), {}
@@ -172,8 +175,8 @@ pd.DataFrame(sizes, index=columns).T.round(
 
 # %% [markdown]
 # The vocabulary's row has 8 bytes more for each id, the id itself, which must be stored, loaded and searched wherever
-# the model is served. It needs a pass over the training rows before the first step, and it does not know tomorrow's ids; the
-# hash needs nothing and knows every id. Memory is what the hash pays with.
+# the model is served. It needs a pass over the training rows before the first step, and it does not know tomorrow's
+# ids; the hash needs nothing and knows every id. Memory is what the hash pays with.
 #
 # **Histories** for the sequence models of chapter 9: with every row, the items that its user took before. The window
 # frame ends one row before the current one, in the same order that decides which item leave-one-out holds out, so
@@ -198,9 +201,9 @@ print(
 )
 
 # %% [markdown]
-# **A shard number for every row.** A warehouse hands rows out in whatever order it stores them: by user, by day. Files made
-# from that are not random samples, and no shuffle buffer mends it. So each row gets its file from the fingerprints of its
-# two ids: the same file in every export, and each file a sample of everything.
+# **A shard number for every row.** A warehouse hands rows out in whatever order it stores them: by user, by day.
+# Files made from that are not random samples, and no shuffle buffer mends it. So each row gets its file from the
+# fingerprints of its two ids: the same file in every export, and each file a sample of everything.
 
 # %%
 warehouse.run("export_rows.sql", shards=num_files)
@@ -215,8 +218,8 @@ by_shard.to_pandas()
 #
 # ## Six routes
 #
-# The comparison runs on the first shards only: on fifty billion rows nobody should wait for the slow ones. Two int64 ids,
-# a float32, an int64: 28 bytes a row.
+# The comparison runs on the first shards only: on fifty billion rows nobody should wait for the slow ones. Two int64
+# ids, a float32, an int64: 28 bytes a row.
 
 # %%
 warehouse.run("route_rows.sql", files=SAMPLE_FILES)
@@ -225,8 +228,8 @@ folder = f"{warehouse.storage}/chapter-2"
 made, read = {}, {}
 
 # %% [markdown]
-# **1. CSV**, the export that everyone tries first. One `EXPORT DATA` for each shard, and `decode_csv` on a whole batch of
-# lines, which is how to do it if it must be done.
+# **1. CSV**, the export that everyone tries first. One `EXPORT DATA` for each shard, and `decode_csv` on a whole
+# batch of lines, which is how to do it if it must be done.
 
 # %%
 for name in ("csv.gz", "csv"):
@@ -238,8 +241,8 @@ with tf.io.gfile.GFile(made["csv"][0]) as stream:
     print(stream.readline(), stream.readline(), sep="", end="")
 
 # %% [markdown]
-# **2. TFRecord, one `tf.train.Example` a row**: what Google's Dataflow template writes and most tutorials read. Every row
-# carries the names of its columns, as text, and they are parsed again for every row of every epoch.
+# **2. TFRecord, one `tf.train.Example` a row**: what Google's Dataflow template writes and most tutorials read. Every
+# row carries the names of its columns, as text, and they are parsed again for every row of every epoch.
 
 # %%
 made["tfrecord row"] = routes.export_rows(warehouse, "route_rows", f"{folder}/rows", columns)
@@ -248,9 +251,9 @@ first = next(iter(tf.data.TFRecordDataset(made["tfrecord row"][0]).take(1))).num
 print(len(first), "bytes for one row:", first[:60], "...")
 
 # %% [markdown]
-# **3. Parquet, converted once to record batches.** Parquet is what BigQuery writes best and what TensorFlow cannot read.
-# by itself: a Python generator over pyarrow can, and its speed is measured below. Here the columns are rewritten once, as
-# TensorFlow wants them. Each Parquet file is converted by itself, on all cores.
+# **3. Parquet, converted once to record batches.** Parquet is what BigQuery writes best and what TensorFlow cannot
+# read. by itself: a Python generator over pyarrow can, and its speed is measured below. Here the columns are
+# rewritten once, as TensorFlow wants them. Each Parquet file is converted by itself, on all cores.
 
 # %%
 made["parquet"] = routes.export_parquet(warehouse, "route_rows", f"{folder}/parquet", columns)
@@ -262,8 +265,8 @@ read["parquet"] = record_batches.read(from_parquet)
 print(source.schema.to_string(show_field_metadata=False))
 
 # %% [markdown]
-# **4. Storage Read streams, straight to record batches.** The Storage Read API hands out a table's columns in Arrow, in
-# parallel streams, without a query job. No intermediate files, nothing is ever text.
+# **4. Storage Read streams, straight to record batches.** The Storage Read API hands out a table's columns in Arrow,
+# in parallel streams, without a query job. No intermediate files, nothing is ever text.
 
 # %%
 source = conversion.TableShards(warehouse, "route_rows")
@@ -277,14 +280,14 @@ print(
 )
 
 # %% [markdown]
-# Where each shard became one Parquet file, as here, the two routes end in the same bytes: the order of rows within a file
-# is made from the rows and the seed, since the order in which a warehouse hands them out is different each time. (Google's
-# `EXPORT DATA` may write several files a shard; the rows are the same then, the files are not.) An export that is repeated
-# can be compared by hash.
+# Where each shard became one Parquet file, as here, the two routes end in the same bytes: the order of rows within a
+# file is made from the rows and the seed, since the order in which a warehouse hands them out is different each time.
+# (Google's `EXPORT DATA` may write several files a shard; the rows are the same then, the files are not.) An export
+# that is repeated can be compared by hash.
 #
-# **5. Training from the table itself.** The streams go into `tf.data` block by block, with nothing between. Python runs, but
-# once for each block of thousands of rows. Several hosts share a session: each takes every so many-th stream. A session of
-# Google's ends after some hours, so a pass that takes longer needs files.
+# **5. Training from the table itself.** The streams go into `tf.data` block by block, with nothing between. Python
+# runs, but once for each block of thousands of rows. Several hosts share a session: each takes every so many-th
+# stream. A session of Google's ends after some hours, so a pass that takes longer needs files.
 
 # %%
 read["table stream"] = routes.table_stream(warehouse, "route_rows", columns, BATCH_SIZE)
@@ -292,10 +295,10 @@ session = warehouse.open("route_rows", list(columns), streams=4)
 print(len(session.streams), "streams:", *[stream.rsplit("/")[-1] for stream in session.streams])
 
 # %% [markdown]
-# **6. BigQuery packs the batches itself.** SQL turns the integers of thousands of rows into their bytes and a column of them
-# into one base64 string; its own CSV export then carries record batches, and TensorFlow has `decode_base64`. No converter at
-# all. What SQL cannot do is look at the bits of a float: the rating travels as a whole number of 65536ths, and a NULL
-# stops the export.
+# **6. BigQuery packs the batches itself.** SQL turns the integers of thousands of rows into their bytes and a column
+# of them into one base64 string; its own CSV export then carries record batches, and TensorFlow has `decode_base64`.
+# No converter at all. What SQL cannot do is look at the bits of a float: the rating travels as a whole number of
+# 65536ths, and a NULL stops the export.
 
 # %%
 made["packed"] = routes.export_packed(warehouse, "route_rows", f"{folder}/packed")
@@ -346,9 +349,10 @@ speed["TB, 50 billion rows"] = 50e9 * speed["bytes a row"] / 1e12
 speed.round(2)
 
 # %% [markdown]
-# CSV, TFRecords by row and the table stream are cut into batches of 4,096 rows here; so are the shuffled record batches, which
-# is what training reads (chapter 3). The others arrive as they lie in the files, and Parquet comes through pyarrow and a
-# Python generator, without its conversion. The picture has both axes at once: right is fast, low is small.
+# CSV, TFRecords by row and the table stream are cut into batches of 4,096 rows here; so are the shuffled record
+# batches, which is what training reads (chapter 3). The others arrive as they lie in the files, and Parquet comes
+# through pyarrow and a Python generator, without its conversion. The picture has both axes at once: right is fast,
+# low is small. Once rows are no longer parsed, shuffling them is what takes the time; chapter 3 sees to that.
 
 # %%
 figure, (axis, bars) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -359,11 +363,12 @@ for name, row in stored.iterrows():
     axis.annotate(name, place, (5, 4), textcoords="offset points", fontsize=8)
 axis.set(xscale="log", yscale="log", xlabel="M rows/s", ylabel="bytes a row")
 axis.set_title("To the right: faster. Down: smaller")
-axis.margins(x=0.4, y=0.15)
+axis.set_xlim(right=20 * stored["M rows/s"].max())
+axis.margins(y=0.15)
 shown = bars.barh(names[::-1], speed["hours, 50 billion rows"][::-1])
 bars.bar_label(shown, fmt="%.1f", padding=3, fontsize=8)
-bars.set(title="Hours to read 50 billion rows once, here", xscale="log")
-bars.margins(x=0.25)
+bars.set(title="Hours for 50 billion rows, here")
+bars.margins(x=0.15)
 
 # %%
 ratios = {
@@ -381,17 +386,19 @@ pd.Series(ratios, name="ratio").round(2).to_frame()
 # %% [markdown]
 # The table answers two of the book's open questions, and one that it should have asked.
 #
-# - **Does TFRecord beat CSV?** Not with one `Example` a row: it is several times as large and not faster to read, since the
-#   names of the columns are parsed again for every row. What beats CSV is to stop treating rows one by one.
-# - **Is gzip worth it?** For CSV it saves most of the bytes and costs little when reading, where parsing is the slow part
-#   anyway; what it costs, it costs when the files are made. Compressed record batches are the smallest files here and are read at
-#   a fraction of the speed of plain ones: right where files lie for months or cross a slow network.
-# - **Why not Parquet as it is?** It is small, and its columns arrive in whole blocks, so it is an order of magnitude faster than
-#   text. But it needs Python between file and tensor: it does not run on a TPU host's pipeline or in a serialized graph, one
-#   process feeds all, and shuffling and sharding are yours to write.
+# - **Does TFRecord beat CSV?** Not with one `Example` a row: it is several times as large and not faster to read,
+#   since the names of the columns are parsed again for every row. What beats CSV is to stop treating rows one by one.
+# - **Is gzip worth it?** For CSV it saves most of the bytes and costs little when reading, where parsing is the slow
+#   part anyway; what it costs, it costs when the files are made. Compressed record batches are the smallest files
+#   here and are read at a fraction of the speed of plain ones: right where files lie for months or cross a slow
+#   network.
+# - **Why not Parquet as it is?** It is small, and its columns arrive in whole blocks, so it is several times as fast
+#   as text. But it needs Python between file and tensor: the pipeline cannot be serialized and run elsewhere, one
+#   process feeds all, and shuffling and sharding are yours to write. Compressed record batches are smaller, and
+#   faster too.
 #
-# How near are the record batches to the limit? The same files, read by the same interleave, first without decoding, then
-# with the features copied out of each record but not yet made into tensors, then in full:
+# How near are the record batches to the limit? The same files, read by the same interleave, first without decoding,
+# then with the features copied out of each record but not yet made into tensors, then in full:
 
 # %%
 steps = ["raw read", "raw read, parsed", "record batches"]
@@ -404,8 +411,8 @@ print(
 limit.round(2)
 
 # %% [markdown]
-# Making the files, once, in M rows/s, the warehouse's work and the writing together. The warehouse here is the embedded one:
-# Google's part of this work is done by Google's machines, and was not measured.
+# Making the files, once, in M rows/s, the warehouse's work and the writing together. The warehouse here is the
+# embedded one: Google's part of this work is done by Google's machines, and was not measured.
 
 # %%
 making = ["csv.gz", "csv", "tfrecord row", "packed", "parquet", "storage read"]
@@ -415,8 +422,8 @@ made_at["parquet to record batches ZLIB"] = value["write record batches ZLIB"]
 made_at.round(2).to_frame()
 
 # %% [markdown]
-# Memory holds the rows of one file for each core, however large the table. The peaks below are of whole processes, Python
-# and TensorFlow included; a process that starts cold is slower on a short table than on a long one.
+# Memory holds the rows of one file for each core, however large the table. The peaks below are of whole processes,
+# Python and TensorFlow included; a process that starts cold is slower on a short table than on a long one.
 
 # %%
 for rows in ("2M rows", "50M rows"):
@@ -449,8 +456,8 @@ outcomes = outcomes.loc[list(route_checks.CASES), list(route_checks.ROUTES)]
 outcomes.map(lambda outcome: "refused" if outcome.startswith("error") else outcome[:21])
 
 # %% [markdown]
-# *becomes* is silent: nobody is told, and the model learns from it. *refused* is loud, and stops an export at the row that
-# nobody had thought of; then it matters what the message says. One of each route:
+# *becomes* is silent: nobody is told, and the model learns from it. *refused* is loud, and stops an export at the row
+# that nobody had thought of; then it matters what the message says. One of each route:
 
 # %%
 said = {"csv": "string with line break", "tfrecord row": "2^31 read as int32"}
@@ -487,8 +494,9 @@ pd.DataFrame(made_from, columns=["SQL", "parameters"])
 # %% [markdown]
 # ## What can go wrong with files
 #
-# Files get lost, truncated, copied from two exports into one folder. `Manifest.load` compares names and sizes in a second,
-# `verify` reads every byte again. Here is a file that lost its last hundred bytes, and one with a single bit flipped.
+# Files get lost, truncated, copied from two exports into one folder. `Manifest.load` compares names and sizes in a
+# second, `verify` reads every byte again. Here is a file that lost its last hundred bytes, and one with a single bit
+# flipped.
 
 # %%
 scratch = scale.run_folder(RUNS_DIR, SCALE, "chapter-2") / "damaged"
@@ -508,8 +516,8 @@ for damage in ("truncated", "flipped"):
         print(f"{damage}: {str(error).replace(str(scratch), '...')}")
 
 # %% [markdown]
-# And a conversion that is killed? Every shard that is done leaves a receipt beside its files, and the manifest comes last. The
-# cell begins a conversion, stops after three shards, and makes the same call again.
+# And a conversion that is killed? Every shard that is done leaves a receipt beside its files, and the manifest comes
+# last. The cell begins a conversion, stops after three shards, and makes the same call again.
 
 # %%
 broken_off = warehouse.local(f"{folder}/broken-off")
@@ -522,8 +530,8 @@ finished = conversion.convert(broken_off, source, columns, seed=SEED)
 print("equal to the undisturbed one:", finished.files == manifest.files)
 
 # %% [markdown]
-# A real `kill -9` also leaves half a file, whose name says so. The benchmark kills a conversion of the large table at random
-# moments, again and again, and compares what is there at the end with a conversion that nobody disturbed:
+# A real `kill -9` also leaves half a file, whose name says so. The benchmark kills a conversion of the large table at
+# random moments, again and again, and compares what is there at the end with a conversion that nobody disturbed:
 
 # %%
 kills = "kills, then equal to an undisturbed conversion"
@@ -535,24 +543,24 @@ print(
 # %% [markdown]
 # ## Past one machine
 #
-# Shards are independent, so the same function runs on as many machines as you pay for. `recsys_common` does not contain
-# an engine for that: Apache Beam is one, and Dataflow runs it. The receipts are the same, so a pipeline that was killed
-# continues, and two workers that got the same shard write the same file.
+# Shards are independent, so the same function runs on as many machines as you pay for. `recsys_common` does not
+# contain an engine for that: Apache Beam is one, and Dataflow runs it. The receipts are the same, so a pipeline that
+# was killed continues, and two workers that got the same shard write the same file.
 #
 #     python -m recsys_common.beam_conversion --table export_rows --project P --bucket B --to gs://B/train \
 #         --columns user_id:int64,item_id:int64,rating:float32,timestamp:int64 \
 #         --runner DataflowRunner --region R --temp_location gs://B/tmp --sdk_container_image IMAGE
 #
-# `IMAGE` holds this package and TensorFlow for the workers. `--runner DirectRunner` in place of the last line runs the same
-# pipeline on this machine, which `make test` does; Dataflow itself was not run.
+# `IMAGE` holds this package and TensorFlow for the workers. `--runner DirectRunner` in place of the last line runs
+# the same pipeline on this machine, which `make test` does; Dataflow itself was not run.
 #
 # ## What it costs, before it costs anything
 #
-# `make plan SCALE=full CHAPTER=2` prints bytes, files, hours and money for each route, at the size of your table and at fifty
-# billion rows. Prices stand in one file, `recsys_common/prices.json`, with the page and the day they were read; those that
-# nobody has read are marked so, and the plan prints amounts instead of money. With your table's name and credentials the
-# first bytes come from a dry run; otherwise from columns times rows, and the plan says which. Every query carries
-# `maximum_bytes_billed`: a mistake is refused instead of paid for.
+# `make plan SCALE=full CHAPTER=2` prints bytes, files, hours and money for each route, at the size of your table and
+# at fifty billion rows. Prices stand in one file, `recsys_common/prices.json`, with the page and the day they were
+# read; those that nobody has read are marked so, and the plan prints amounts instead of money. With your table's name
+# and credentials the first bytes come from a dry run; otherwise from columns times rows, and the plan says which.
+# Every query carries `maximum_bytes_billed`: a mistake is refused instead of paid for.
 
 # %%
 plan = costs.routes_plan(50e9, costs.load_prices(), costs.load_benchmark())
@@ -562,36 +570,39 @@ print(table, bills, sep="\n\n")
 # %% [markdown]
 # ## What to do
 #
-# - **More than one epoch: route 4.** Storage Read streams into record batches. It is the fastest to read by a wide margin, nothing is
-#   text on the way, a value that does not fit its dtype is refused by name, and there is one set of files to look after.
+# - **More than one epoch: route 4.** Storage Read streams into record batches. It is the fastest to read, before the
+#   shuffle that every route needs; nothing is text on the way, a value that does not fit its dtype is refused by
+#   name, and there is one set of files to look after.
 # - **Exports that exist already, or a team that may not use the Storage Read API: route 3.** The same rows in the end,
 #   one more copy of the data in between.
 # - **One pass over fresh data: route 5**, straight from the table. No files, no shuffle; read twice, pay twice.
 # - **CSV** for people to look at. **One Example a row** where somebody else's pipeline insists.
 # - **Packing in SQL** works where no machine of yours may run a converter and all columns are integers.
 # - **Compression** on what is stored or sent far, not on what is read in every epoch.
-# - **Hash** the ids where new ones come every day, and pay for it in rows: the table above says how many share at which size.
-#   Otherwise take the **vocabulary**, with its rare ids in shared rows. Chapter 7 measures what sharing costs in quality.
+# - **Hash** the ids where new ones come every day, and pay for it in rows: the table above says how many share at
+#   which size. Otherwise take the **vocabulary**, with its rare ids in shared rows. Chapter 7 measures what sharing
+#   costs in quality.
 #
 # ## Summary
 #
 # - SQL splits, numbers, hashes, gathers histories and shards; then there is nothing left for Python to parse.
 # - A row-by-row format pays for each row in every epoch. Columns of thousands of rows are copied, not parsed.
 # - An export is a folder with a manifest, written last. What the manifest does not name is not data.
-# - A killed export is continued by the same call; a damaged one is found by name; an unwanted value is refused with its
-#   column and row.
+# - A killed export is continued by the same call; a damaged one is found by name; an unwanted value is refused with
+#   its column and row.
 # - The plan prints bytes, hours and money before a query runs.
 #
 # ## Exercises
 #
-# 1. Give the rating the dtype `int8` in `columns`, then `float16`. Which rows are refused, and what do the others lose?
-#    What are the bytes a row?
-# 2. Read only `item_id`: `record_batches.read(manifest, ["item_id"])`. How much faster is it than all four columns, and why
-#    not four times as fast?
-# 3. Export the same rows in the table's own order (`SELECT 0 AS shard, ...`). How large are the Parquet files now, and why?
-#    What would a model see that reads them in order?
+# 1. Give the rating the dtype `int8` in `columns`, then `float16`. Which rows are refused, and what do the others
+#    lose? What are the bytes a row?
+# 2. Read only `item_id`: `record_batches.read(manifest, ["item_id"])`. How much faster is it than all four columns,
+#    and why not four times as fast?
+# 3. Export the same rows in the table's own order (`SELECT 0 AS shard, ...`). How large are the Parquet files now,
+#    and why? What would a model see that reads them in order?
 # 4. Add a column of strings, the film's title, and read it back. What does a title cost in rows/s against an id?
-# 5. Make a route 7 and put it into the benchmark: ORC, Avro, or whatever your team uses. Does it change the recommendation?
+# 5. Make a route 7 and put it into the benchmark: ORC, Avro, or whatever your team uses. Does it change the
+#    recommendation?
 
 # %% [markdown]
 # The comparison leaves files that `make clean-cloud` would not find, because no manifest names them. They go now.

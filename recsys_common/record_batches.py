@@ -324,7 +324,7 @@ def write_file(
                         example.features.feature[feature].bytes_list.value.append(_packed(numbers, compression))
                 # Deterministic: the order of a protobuf map is otherwise another in each process.
                 writer.write(example.SerializeToString(deterministic=True))
-        written, digest = _size(path), _sha256(path)
+        written, digest = _size(path), _sha256(path)  # read back: what counts is what was stored
         final = f"{name}-{digest[:8]}.tfrecord"
         tf.io.gfile.rename(path, os.path.join(folder, final), overwrite=True)
     except (OSError, tf.errors.OpError) as error:
