@@ -199,7 +199,7 @@ def routes_rows(warehouse: bigquery.Warehouse, folder: Path) -> list[dict]:
         ratios = [fast / slow for fast, slow in zip(found["record batches"], found[other], strict=True)]
         rows.append(spread(f"record batches / {other}", ratios, "ratio"))
     sizes = {route: folder_bytes(paths) for route, paths in made.items()}
-    sizes |= {"record batches": plain.bytes, "record batches ZLIB": gzip.bytes}
+    sizes |= {"storage read": plain.bytes, "record batches": plain.bytes, "record batches ZLIB": gzip.bytes}
     widths = sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())
     rows += [{"case": f"bytes/row {route}", "value": size / ROWS, "unit": "bytes"} for route, size in sizes.items()]
     return [*rows, {"case": "bytes/row columns", "value": widths, "unit": "bytes"}]

@@ -71,14 +71,14 @@ from recsys_common import (
 # %% [markdown]
 # ## The whole of it
 #
-# Four calls. The first makes a table that is ready to leave, the second and third carry it out, the fourth is what
-# training reads. The rest of this page is about why these four.
+# Four calls. The first makes a table that is ready to leave, the second and third carry it out (below, a sample of
+# it), the fourth is what training reads. The rest of this page is about why these four.
 #
 # ```python
-# warehouse.run("export_rows.sql", shards=num_files)                  # a shard number for every row
-# source = conversion.TableShards(warehouse, "export_rows")           # Storage Read streams, in Arrow
-# manifest = conversion.convert(folder, source, columns, seed=SEED)   # all cores; a killed run continues
-# dataset = record_batches.read(manifest)                             # tensors, by native ops alone
+# warehouse.run("export_rows.sql", shards=num_files)
+# source = conversion.TableShards(warehouse, "route_rows")
+# manifest = conversion.convert(target, source, columns, seed=SEED)
+# read["storage read"] = record_batches.read(manifest)
 # ```
 #
 # ## The table
@@ -270,10 +270,10 @@ print(source.schema.to_string(show_field_metadata=False))
 
 # %%
 source = conversion.TableShards(warehouse, "route_rows")
-manifest = conversion.convert(
-    warehouse.local(f"{folder}/record-batches"), source, columns, seed=SEED
-)
-made["storage read"], read["storage read"] = manifest.paths, record_batches.read(manifest)
+target = warehouse.local(f"{folder}/record-batches")
+manifest = conversion.convert(target, source, columns, seed=SEED)
+read["storage read"] = record_batches.read(manifest)
+made["storage read"] = manifest.paths
 print(
     "files equal to those of route 3:",
     [f.sha256 for f in manifest.files] == [f.sha256 for f in from_parquet.files],
@@ -338,7 +338,7 @@ of = pd.DataFrame(benchmark["rows"]).set_index("case")
 value = of["value"]
 print(benchmark["machine"], benchmark["date"][:10])
 
-# %%
+# %% tags=["main-result"]
 names = ["csv.gz", "csv", "tfrecord row", "packed", "table stream", "parquet"]
 names += ["record batches ZLIB", "record batches, shuffled", "record batches"]
 speed = of.loc[names, ["value", "min", "max"]].set_axis(["M rows/s", "from", "to"], axis=1)
