@@ -122,7 +122,7 @@ def _arguments(words: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dataset", default=bigquery.DATASET, help="of --table (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows (%(default)s)")
     parser.add_argument("--compression", choices=["ZLIB"], default="", help="of the files; none if not given")
-    parser.add_argument("--rows-per-file", type=int, default=ROWS_PER_FILE, help="at most (%(default)s)")
+    parser.add_argument("--rows-per-file", type=int, default=ROWS_PER_FILE, help="about (%(default)s)")
     given, flags = parser.parse_known_args(words)
     flags += [f"--project={given.project}"] * bool(given.project)
     options = PipelineOptions(flags)
