@@ -55,6 +55,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from IPython.display import Markdown
 from recsys_common import (
     bigquery,
     conversion,
@@ -169,12 +170,10 @@ for factor in (0.5, 1, 2, 10, 100):
     ]
 sizes["vocabulary"] = [0.0, 0.0, 100e6 * (64 * 4 + 8) / 1e9]
 columns = ["ids that share a row", "expected", "GB for 100 M ids of 64 floats"]
-pd.DataFrame(sizes, index=columns).T.round(
-    {"ids that share a row": 2, "expected": 2, columns[2]: 0}
-)
+pd.DataFrame(sizes, index=columns).T.round(dict(zip(columns, (2, 2, 1), strict=True)))
 
 # %% [markdown]
-# The vocabulary's row has 8 bytes more for each id, the id itself, which must be stored, loaded and searched wherever
+# The vocabulary's row has 8 bytes more for each id: the id itself, which must be stored, loaded and searched wherever
 # the model is served. It needs a pass over the training rows before the first step, and it does not know tomorrow's
 # ids; the hash needs nothing and knows every id. Memory is what the hash pays with.
 #
@@ -251,9 +250,9 @@ first = next(iter(tf.data.TFRecordDataset(made["tfrecord row"][0]).take(1))).num
 print(len(first), "bytes for one row:", first[:60], "...")
 
 # %% [markdown]
-# **3. Parquet, converted once to record batches.** Parquet is what BigQuery writes best and what TensorFlow cannot
-# read. by itself: a Python generator over pyarrow can, and its speed is measured below. Here the columns are
-# rewritten once, as TensorFlow wants them. Each Parquet file is converted by itself, on all cores.
+# **3. Parquet, converted once to record batches.** Parquet is what BigQuery writes best, and TensorFlow cannot read it by
+# itself: a Python generator over pyarrow can, and its speed is measured below. Here the columns are rewritten once, as
+# TensorFlow wants them. Each Parquet file is converted by itself, on all cores.
 
 # %%
 made["parquet"] = routes.export_parquet(warehouse, "route_rows", f"{folder}/parquet", columns)
@@ -346,7 +345,7 @@ width = value.filter(like="bytes/row ").rename(lambda case: case.removeprefix("b
 speed["bytes a row"] = width.reindex(names)
 speed["hours, 50 billion rows"] = 50e9 / speed["M rows/s"] / 3.6e9
 speed["TB, 50 billion rows"] = 50e9 * speed["bytes a row"] / 1e12
-speed.round(2)
+speed.round(2).astype(object).fillna("")
 
 # %% [markdown]
 # CSV, TFRecords by row and the table stream are cut into batches of 4,096 rows here; so are the shuffled record
@@ -411,6 +410,8 @@ print(
 limit.round(2)
 
 # %% [markdown]
+# Most of what is missing goes into copying the features out of each record; making tensors of them costs less.
+#
 # Making the files, once, in M rows/s, the warehouse's work and the writing together. The warehouse here is the
 # embedded one: Google's part of this work is done by Google's machines, and was not measured.
 
@@ -477,7 +478,7 @@ for route, case in said.items():
 
 # %%
 page = record_batches.__doc__
-print(page[page.index("The format") : page.index("Needs:")].rstrip())
+Markdown(page[page.index("The format") : page.index("Needs:")])
 
 # %%
 kept_in_manifest = ("version", "rows", "rows_per_record", "compression", "seed")
@@ -501,15 +502,14 @@ pd.DataFrame(made_from, columns=["SQL", "parameters"])
 # %%
 scratch = scale.run_folder(RUNS_DIR, SCALE, "chapter-2") / "damaged"
 table = warehouse.read("route_rows", where="shard = 0")
-for damage in ("truncated", "flipped"):
-    written = record_batches.write(scratch, [table], columns)
-    path = Path(written.paths[0])
-    whole = path.read_bytes()
-    path.write_bytes(
-        whole[:-100]
-        if damage == "truncated"
-        else whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]
-    )
+written = record_batches.write(scratch, [table], columns)
+path = Path(written.paths[0])
+whole = path.read_bytes()
+flipped = whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]
+
+# %%
+for damage, content in {"truncated": whole[:-100], "flipped": flipped}.items():
+    path.write_bytes(content)
     try:
         record_batches.verify(record_batches.Manifest.load(scratch))
     except ValueError as error:
