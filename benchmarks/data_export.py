@@ -337,6 +337,10 @@ def readme(content: dict, text: str) -> str:
             f"| {name} | {of[route]:.2f} | {'' if size is None else f'{size:.1f}'} | "
             f"{'' if once is None else f'{once:.2f}'} |"
         )
+    lines += [
+        "",
+        f"Text, TFRecords by row and the table come in batches of {BATCH_SIZE:,} rows, the others as they are stored.",
+    ]
     block = "\n".join(lines)
     mark = "from benchmarks/data_export.json"
     text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
