@@ -55,7 +55,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 NUMBERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "float16", "float32", "float64")  # of `decode_raw`
 COMPRESSIONS = ("", "ZLIB")
-# Handing a record to tf.data costs about 50 us whatever its size; at 2 MB that is less than copying it.
+# Handing a record to tf.data costs the same whatever its size; at 2 MB that is little beside copying it.
 RECORD_BYTES = 2**21
 FILES_AT_ONCE = 8  # files that `read` interleaves
 OURS = re.compile(r"part-[\d-]+(-[0-9a-f]{8}\.tfrecord|\.(\w+\.)?writing)")  # what an export may remove
