@@ -348,10 +348,10 @@ speed["TB, 50 billion rows"] = 50e9 * speed["bytes a row"] / 1e12
 speed.round(2).astype(object).fillna("")
 
 # %% [markdown]
-# CSV, TFRecords by row and the table stream are cut into batches of 4,096 rows here; so are the shuffled record
-# batches, which is what training reads (chapter 3). The others arrive as they lie in the files, and Parquet comes
-# through pyarrow and a Python generator, without its conversion. The picture has both axes at once: right is fast,
-# low is small. Once rows are no longer parsed, shuffling them is what takes the time; chapter 3 sees to that.
+# CSV, TFRecords by row and the table stream are cut into batches here; so are the shuffled record batches, which is what
+# training reads (chapter 3). The others arrive as they lie in the files, and Parquet comes through pyarrow and a Python
+# generator, without its conversion. The picture has both axes at once: right is fast, low is small. Once rows are no
+# longer parsed, shuffling them is what takes the time; chapter 3 sees to that.
 
 # %%
 figure, (axis, bars) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
