@@ -14,10 +14,11 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from recsys_common.bigquery import Warehouse, plain
 from recsys_common.datasets import RatingTables
-from recsys_common.scale import TABLE, rehearsing
+from recsys_common.scale import TABLE, progress, rehearsing
 
 TABLES = {
     "ratings": "CREATE TABLE ratings (user_id INT64, item_id INT64, rating FLOAT64, timestamp INT64)",
@@ -60,7 +61,7 @@ def load(warehouse: Warehouse, tables: RatingTables, items_table: str = "") -> N
             warehouse.query(TABLES["items"])
         check(warehouse, tables.table)
     else:
-        upload(warehouse, "ratings", [tables.ratings])
+        upload(warehouse, "ratings", tables.stream() if tables.stream else [tables.ratings])
         upload(warehouse, "items", [tables.items])
         check(warehouse, tables.name)
 
@@ -121,6 +122,7 @@ def upload(warehouse: Warehouse, name: str, tables: Iterable[pa.Table]) -> int:
     config.parquet_options = bigquery.ParquetOptions()
     config.parquet_options.enable_list_inference = True
     retries = 0 if warehouse.embedded else 6  # see Warehouse.retry
+    bar = tqdm(desc=f"loading {name}", unit="row", unit_scale=True, delay=2, disable=not progress())
     for table in (table for table in tables if table.num_rows):
         warehouse.expect_space(4 * table.nbytes)  # the upload, the table, the log that it is written through
         if rows == 0:
@@ -132,6 +134,8 @@ def upload(warehouse: Warehouse, name: str, tables: Iterable[pa.Table]) -> int:
         job = warehouse.client.load_table_from_file(file, target, job_config=config, num_retries=retries)
         job.result(retry=warehouse.retry(), timeout=3600)
         rows += table.num_rows
+        bar.update(table.num_rows)
+    bar.close()
     if rows == 0:
         raise ValueError(f"table {name!r} has 0 rows; there is nothing to load. Check what the data set was read from.")
     if (found := warehouse.count(name)) != rows:

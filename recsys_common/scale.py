@@ -37,7 +37,9 @@ REHEARSAL = {
     "ITEMS_TABLE": "rehearsal.shop.items",
 }
 DEFAULT_DATASET = {"small": "simulated", "medium": "ml-latest-small", "full": ""}
+MEDIUM_DATASET = {3: "simulated"}  # chapter -> its own, where it is another
 SIMULATED_ROWS = {"small": 100_000, "medium": 1_000_000}
+MANY_SIMULATED_ROWS = {"small": 100_000, "medium": 100_000_000}  # in chapter 3: more than memory
 TABLE = re.compile(r"^[A-Za-z][A-Za-z0-9:-]*\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
 # The versions that a result may depend on.
 VERSIONS = (

@@ -226,12 +226,12 @@ def code_lines(path):
 
 
 def test_the_module_stays_small(tell):
-    """3,000 lines of code without models/ and datasets/ (readers of files of others, and the simulator); 300 a file."""
+    """300 lines of code a file, and 5,000 for ten chapters, without models/ and datasets/ (readers, the simulator)."""
     code = {str(path.relative_to(MODULE)): code_lines(path) for path in MODULE_FILES}
     counted = {name: lines for name, lines in code.items() if not name.startswith(("models/", "datasets/"))}
     raw = sum(len((MODULE / name).read_text(encoding="utf-8").splitlines()) for name in code if "models/" not in name)
     count = sum(counted.values())
-    tell(f"recsys_common: {count:,} lines of code without models/ and datasets/ (3,000 at most); {raw:,} lines in all")
-    assert 0 < count < 3_000
+    tell(f"recsys_common: {count:,} lines of code without models/ and datasets/ (5,000 at most); {raw:,} lines in all")
+    assert 0 < count < 5_000
     # One format is one file, to be copied alone: what is in the files, how they are written, read and verified.
     assert {name: lines for name, lines in code.items() if lines > (450 if name == "record_batches.py" else 300)} == {}

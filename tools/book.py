@@ -105,7 +105,10 @@ def job_for(path: Path, arguments: argparse.Namespace) -> Job:
     if arguments.command in ("run", "rehearse"):
         given = {"SCALE": arguments.scale}
         if arguments.dataset or arguments.scale != "small":  # the chapter's own data set is that of small
-            given["DATASET"] = arguments.dataset or scale.DEFAULT_DATASET.get(arguments.scale, "")
+            default = scale.DEFAULT_DATASET.get(arguments.scale, "")
+            if arguments.scale == "medium":
+                default = scale.MEDIUM_DATASET.get(int(path.stem.split("_")[0]), default)
+            given["DATASET"] = arguments.dataset or default
         if arguments.data_dir:
             given["DATA_DIR"] = absolute(arguments.data_dir)
         if arguments.command == "rehearse":

@@ -16,6 +16,8 @@ Needs: movielens.py netflix.py checks.py download.py simulated.py simulated_item
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +49,7 @@ class RatingTables:
       ratings: rows of `RATINGS_SCHEMA`.
       items: rows of `ITEMS_SCHEMA`.
       time: what `timestamp` means: "seconds" since 1970, "order" within a user, or "none".
+      stream: yields `ratings` a table at a time in their place, where they may be more than memory holds.
       truth: what only a simulator knows (`simulated.Truth`), None for real ratings.
       table: `project.dataset.table` of a BigQuery table that is read in place; `ratings` and `items` are empty then.
     """
@@ -57,10 +60,17 @@ class RatingTables:
     time: Literal["seconds", "order", "none"]
     truth: object | None = None
     table: str = ""
+    stream: Callable[[], Iterator[pa.Table]] | None = None
 
 
 def load(
-    name: str, data_dir: str = "data", *, rows: int = 100_000, seed: int = 1, duplicates: str = "error"
+    name: str,
+    data_dir: str = "data",
+    *,
+    rows: int = 100_000,
+    seed: int = 1,
+    duplicates: str = "error",
+    stream: bool = False,
 ) -> RatingTables:
     """Read, download or simulate a data set.
 
@@ -70,6 +80,7 @@ def load(
       data_dir: where the folders of real data sets lie, or are downloaded to.
       rows: ratings to simulate.
       seed: of the simulation.
+      stream: draw simulated ratings a table at a time (`RatingTables.stream`), instead of all into memory.
       duplicates: what to do with a second rating of an item by a user: "error", or "last" to keep the later one.
 
     Raises:
@@ -81,6 +92,9 @@ def load(
     if name.count(".") == 2:
         return RatingTables(name, RATINGS_SCHEMA.empty_table(), ITEMS_SCHEMA.empty_table(), "seconds", table=name)
     if name == "simulated":
+        if stream:
+            none, items = RATINGS_SCHEMA.empty_table(), simulated.item_table(rows, seed)
+            return RatingTables(name, none, items, "seconds", stream=functools.partial(simulated.stream, rows, seed))
         return simulated.load(rows, seed)
     if name == "sample":
         return movielens.read_csv_folder(f"{data_dir}/sample", name, duplicates=duplicates)

@@ -1,0 +1,109 @@
+"""Where does the time of a training step go: into the model, or into which part of its input?
+
+    print(explain(manifest, 8192, step=train_step, seed=1, features=features))
+
+The same rows are read again and again, each time one part of the pipeline further: records as they are stored,
+decoded, shuffled, cut into batches and handed over, with features; then the model alone, on one batch that it gets
+over and over. What a part adds is its price. The parts run at the same time, on the cores and disks that there are,
+so the prices are exact for none of them, and still tell which one to mend first.
+
+Needs: input_pipeline.py record_batches.py features.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from recsys_common import input_pipeline, record_batches
+from recsys_common.record_batches import Manifest
+
+ONE = input_pipeline.Worker()
+ROUNDS = 3  # all parts are measured in turns, so that a noisy moment does not fall on one alone
+KNOBS = {
+    "storage": "put the files nearer, on a faster disk or into memory, or store them compressed",
+    "decode": "leave out columns that the model does not take (columns=), or store the files without compression",
+    "shuffle": "make the window smaller (window=), or the columns narrower (int32 rows from SQL instead of int64 ids)",
+    "hand-over": "take larger batches (batch_size), or more steps an execution (steps_per_execution in compile)",
+    "features": "compute them in SQL, once, or with cheaper ops: integer hashes instead of strings",
+    "model": "a faster input would change nothing: make the model's step cheaper, or the machine that runs it larger",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Milliseconds a batch of each part, the part that costs most, and what to do."""
+
+    milliseconds: dict[str, float]
+    bottleneck: str
+
+    def __str__(self) -> str:
+        whole = sum(cost for part, cost in self.milliseconds.items() if part != "model")
+        model = self.milliseconds.get("model", 0.0)
+        lines = [f"{part:<10}{cost:>9.3f} ms a batch" for part, cost in self.milliseconds.items()]
+        if self.bottleneck == "model":
+            verdict = f"The model is the bottleneck: {model:.3g} ms a batch, its input {whole:.3g}."
+        else:
+            share = self.milliseconds[self.bottleneck] / whole
+            against = f", the model {model:.3g}" if "model" in self.milliseconds else ""
+            verdict = f"The input is the bottleneck: {whole:.3g} ms a batch{against}; {share:.0%} is {self.bottleneck}."
+        return "\n".join([*lines, f"{verdict} {self.advice[0].upper()}{self.advice[1:]}."])
+
+    @property
+    def advice(self) -> str:
+        """Which knob to turn."""
+        return KNOBS[self.bottleneck]
+
+
+def explain(
+    manifest: Manifest, batch_size: int, step: Callable | None = None, *, seconds: float = 0.5, **settings
+) -> Explanation:
+    """Measure the parts of `batches(manifest, batch_size, **settings)` and of `step`, and name the bottleneck.
+
+    Args:
+      step: the model: takes a batch and returns tensors, such as the loss, which are waited for. None: the input alone.
+      seconds: for each part, about; there are up to six.
+
+    Raises:
+      ValueError: as `input_pipeline.batches`.
+    """
+    features = settings.pop("features", None)
+    settings = {name: value for name, value in settings.items() if name not in ("epochs", "start")} | {"epochs": 10**6}
+    window = settings.get("window") or input_pipeline.WINDOW * manifest.rows_per_record
+    window = max(batch_size, min(window, manifest.rows // input_pipeline.Worker.of(settings.get("worker", ONE)).count))
+    per_record = manifest.rows / sum(-(-file.rows // manifest.rows_per_record) for file in manifest.files)
+    records = tf.data.Dataset.from_tensor_slices(manifest.paths).interleave(
+        tf.data.TFRecordDataset, cycle_length=input_pipeline.FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE
+    )
+    whole = input_pipeline.batches(manifest, batch_size, features=features, **settings)
+    parts: dict[str, tuple[Iterator, float]] = {
+        "storage": (iter(records.repeat()), per_record),
+        "decode": (iter(record_batches.read(manifest, settings.get("columns")).repeat()), per_record),
+        "shuffle": (iter(input_pipeline.batches(manifest, window, **settings)), window),
+        "hand-over": (iter(input_pipeline.batches(manifest, batch_size, **settings)), batch_size),
+    }
+    if features is not None:
+        parts["features"] = iter(whole), batch_size
+    if step is not None:
+        batch = next(iter(whole))
+        parts["model"] = (tf.nest.map_structure(np.asarray, step(batch)) for _ in itertools.repeat(None)), batch_size
+    price: dict[str, list[float]] = {part: [] for part in parts}
+    for number, (part, (iterator, rows)) in itertools.product(range(ROUNDS + 1), parts.items()):
+        took, count, start = 0.0, 0, time.perf_counter()
+        while took < seconds / ROUNDS or count < 2:
+            next(iterator)
+            count, took = count + 1, time.perf_counter() - start
+        if number:  # the first round fills buffers and traces functions
+            price[part].append(1000 * took / count / rows * batch_size)
+    until = {part: float(np.median(values)) for part, values in price.items()}
+    model = {"model": until.pop("model")} if step is not None else {}
+    before = [0.0, *until.values()]
+    adds = {part: max(cost - max(before[: place + 1]), 0.0) for place, (part, cost) in enumerate(until.items())}
+    worst = max(adds, key=adds.get)
+    slower = model and model["model"] >= sum(adds.values())
+    return Explanation(adds | model, "model" if slower else worst)
