@@ -26,7 +26,7 @@ from recsys_common.features import pad_histories
 from recsys_common.record_batches import Manifest, decoder
 
 FILES_AT_ONCE = 8  # files whose record batches come in turns
-WINDOW = 8  # record batches whose rows are permuted together, unless `window` says how many rows
+WINDOW = 4  # record batches whose rows are permuted together, unless `window` says how many rows
 BATCHES_AHEAD = 8  # finished batches that wait for the model; more would only take memory
 
 
@@ -34,12 +34,15 @@ BATCHES_AHEAD = 8  # finished batches that wait for the model; more would only t
 class Worker:
     """Which share of every epoch a process reads: that of worker `index` out of `count`.
 
+    Each of its `replicas`, the devices of a `tf.distribute.Strategy` in this process, takes a batch in every step.
+
     Raises:
       ValueError: the index is not one of 0 to count - 1.
     """
 
     index: int = 0
     count: int = 1
+    replicas: int = 1
 
     def __post_init__(self):
         if not 0 <= self.index < self.count:
@@ -50,7 +53,8 @@ class Worker:
         """A worker as `tf.distribute.Strategy.distribute_datasets_from_function` describes it."""
         if isinstance(context, Worker):
             return context
-        return cls(context.input_pipeline_id, context.num_input_pipelines)
+        pipelines = context.num_input_pipelines
+        return cls(context.input_pipeline_id, pipelines, context.num_replicas_in_sync // pipelines)
 
     def share(self, rows: int) -> tuple[int, int]:
         """First row and end of this worker's share, in the order of the files: shares are equal within one row."""
@@ -65,14 +69,15 @@ def steps_per_epoch(
     remainder: str = "drop",
     limit: int | None = None,
 ) -> int:
-    """Batches that `batches` yields in an epoch: as many for every worker, so that none waits for another.
+    """Steps of an epoch, in each of which every replica of every worker takes a batch, so that none waits for another.
 
     Args: as for `batches`.
 
     Raises:
       ValueError: a worker would get no row, or not one full batch; an argument is out of range.
     """
-    count = Worker.of(worker).count
+    worker = Worker.of(worker)
+    count, taken = worker.count, batch_size * worker.replicas
     if batch_size < 1 or remainder not in ("drop", "pad") or (limit is not None and limit < 1):
         raise ValueError(
             f"batch_size {batch_size}, remainder {remainder!r}, limit {limit}: expected 1 or more, 'drop' or 'pad', "
@@ -82,13 +87,14 @@ def steps_per_epoch(
     least, most = rows // count, -(-rows // count)
     if least == 0:
         raise ValueError(f"{manifest.folder}: {rows:,} rows for {count:,} workers: some would get none. Use fewer.")
-    if remainder == "drop" and least < batch_size:
+    if remainder == "drop" and least < taken:
         share = f" for {count} workers, {least:,} for one" if count > 1 else ""
+        each = f" for each of {worker.replicas} replicas" if worker.replicas > 1 else ""
         raise ValueError(
-            f"batch_size {batch_size:,} is more than the {rows:,} rows of {manifest.folder}{share}: not one full "
+            f"batch_size {batch_size:,}{each} is more than the {rows:,} rows of {manifest.folder}{share}: not one full "
             "batch. Choose a smaller batch_size, or remainder='pad'."
         )
-    return least // batch_size if remainder == "drop" else -(-most // batch_size)
+    return least // taken if remainder == "drop" else -(-most // taken)
 
 
 def batches(
@@ -107,12 +113,13 @@ def batches(
     lengths: dict[str, int] | None = None,
     features: Callable | None = None,
     start: int | dict = 0,
+    counted: bool = True,
 ) -> tf.data.Dataset:
-    """Batches of `{column: tensor [batch_size, ...]}`: `epochs` times `steps_per_epoch` of them, less `start`.
+    """Batches of `{column: tensor [batch_size, ...]}`: `epochs` times `steps_per_epoch`, less `start`, a replica.
 
     Args:
       manifest: what to read.
-      batch_size: rows in a batch of this worker.
+      batch_size: rows in a batch, of one replica.
       epochs: passes over the worker's share.
       seed: of the shuffle; None keeps the order of the files.
       worker: whose share to read; an `InputContext` does too.
@@ -122,7 +129,7 @@ def batches(
       deterministic: False hands out what comes first, which may be faster where storage is slow; then there is no
         order that could be resumed.
       reshuffle: whether each epoch has an order of its own.
-      window: rows that are permuted together; None for 8 record batches. More of them mix better where files are no
+      window: rows that are permuted together; None for 4 record batches. More of them mix better where files are no
         random samples, and take more memory.
       limit: read only the first rows of the files, this many for all workers together.
       columns: names to read; None for all. What is left out is not even copied.
@@ -131,6 +138,8 @@ def batches(
       features: what to compute from a batch, in TensorFlow's ops: `features(batch, key) -> batch`. `key`, int64 [2],
         is another for each batch of each epoch and worker: a seed for `tf.random.stateless_*`.
       start: steps of this run that are done already: a number, or what `position` returned, which is compared.
+      counted: whether the dataset knows its length. False for a `DYNAMIC` tf.data service, whose workers have part of
+        the batches each: hand it one epoch at a time, `epochs=n + 1, start=n * steps`.
 
     Raises:
       ValueError: as `steps_per_epoch`; a column that does not exist; a ragged one without a length; a start that is
@@ -149,7 +158,7 @@ def batches(
     if isinstance(start, dict) and (other := {name: start.get(name) for name in here if start.get(name) != here[name]}):
         now = {name: here[name] for name in other}
         raise ValueError(f"{manifest.folder}: the position is one in another order: {other}, which is now {now}")
-    decode = _decoder(manifest, columns, lengths or {}, remainder)
+    decode, replicas = _decoder(manifest, columns, lengths or {}, remainder), order.worker.replicas
 
     def epoch_from(epoch: tf.Tensor | int, groups: tf.Tensor, row: int = 0) -> tf.data.Dataset:
         """The batches of an epoch from a row on; `groups` begin where the window of that row does."""
@@ -168,18 +177,25 @@ def batches(
             )
         if remainder == "drop":
             dataset = dataset.rebatch(batch_size, drop_remainder=True)
-        else:  # one batch more, of padding, for a worker whose rows end a batch before the others'
+        else:  # batches of padding for a worker whose rows end before the others'
             nothing = {name: tf.zeros([0, *spec.shape[1:]], spec.dtype) for name, spec in dataset.element_spec.items()}
-            dataset = dataset.rebatch(batch_size).concatenate(tf.data.Dataset.from_tensors(nothing))
+            dataset = dataset.rebatch(batch_size).concatenate(tf.data.Dataset.from_tensors(nothing).repeat())
             dataset = dataset.map(lambda batch: _padded(batch, batch_size))
-        return dataset.take(steps - row // batch_size)
+        return dataset.take(steps * replicas - row // batch_size)
+
+    def epochs_from(epoch: int) -> tf.data.Dataset:
+        return tf.data.Dataset.range(epoch, epochs).flat_map(lambda e: epoch_from(e, order.groups(e)))
 
     epoch, done = divmod(step, steps)
-    dataset = tf.data.Dataset.range(epoch + (done > 0), epochs).flat_map(lambda e: epoch_from(e, order.groups(e)))
-    if done:
-        row = done * batch_size
-        dataset = epoch_from(epoch, order.groups_from(epoch, row), row).concatenate(dataset)
-    return _finished(dataset, epochs * steps - step, step, features, seed, order.worker, deterministic)
+    if not done and epochs - epoch != 1:
+        rest = epochs_from(epoch)
+    else:  # also for the last epoch: the files are then the source that tf.data service hands out
+        row = done * batch_size * replicas
+        rest = epoch_from(epoch, order.groups_from(epoch, row), row)
+        if epoch + 1 < epochs:
+            rest = rest.concatenate(epochs_from(epoch + 1))
+    left = (epochs * steps - step) * replicas
+    return _finished(rest, left, step * replicas, features, seed, order.worker, deterministic, counted)
 
 
 def mixed(
@@ -223,12 +239,12 @@ def mixed(
         )
     if not 0 <= start <= steps:
         raise ValueError(f"{steps:,} steps, of which {start:,} are said to be done")
-    parts = []
+    parts, count = [], (steps - start) * worker.replicas
     for number, ((manifest, _), size) in enumerate(zip(sources, rows.tolist(), strict=True)):
         epoch = steps_per_epoch(manifest, size, worker=worker, limit=options.get("limit"))
         of_source = None if seed is None else seed * len(sources) + number  # equal orders would pair up their rows
         run = {"epochs": -(-steps // epoch), "seed": of_source, "worker": worker, "start": start, "remainder": "drop"}
-        parts.append(batches(manifest, size, **run, **options).take(steps - start))
+        parts.append(batches(manifest, size, **run, **options).take(count))
         first, other = (
             {name: (spec.dtype.name, *spec.shape[1:]) for name, spec in part.element_spec.items()}
             for part in (parts[0], parts[-1])
@@ -242,7 +258,8 @@ def mixed(
         return {name: tf.gather(tf.concat([part[name] for part in batch], 0), order) for name in batch[0]}
 
     dataset = tf.data.Dataset.zip(*parts).map(join, num_parallel_calls=tf.data.AUTOTUNE)
-    return _finished(dataset, steps - start, start, features, seed, worker, options.get("deterministic", True))
+    done = start * worker.replicas
+    return _finished(dataset, count, done, features, seed, worker, options.get("deterministic", True))
 
 
 def position(manifest: Manifest, batch_size: int, step: int, **settings) -> dict:
@@ -256,7 +273,9 @@ def position(manifest: Manifest, batch_size: int, step: int, **settings) -> dict
       TypeError: an argument that `batches` does not have.
     """
     decides = {
-        name: value for name, value in settings.items() if name not in ("epochs", "columns", "lengths", "features")
+        name: value
+        for name, value in settings.items()
+        if name not in ("epochs", "columns", "lengths", "features", "counted")
     }
     return _Order(manifest, batch_size, **decides).position(step)
 
@@ -300,18 +319,20 @@ class _Order:
                 "Begin the epoch anew, or read with deterministic=True."
             )
         files = repr([(file.name, file.rows, file.sha256) for file in self.manifest.files])
-        return {
-            "step": int(step),
+        order = {
+            "step": step,
             "files": hashlib.sha256(files.encode()).hexdigest(),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "worker": [self.worker.index, self.worker.count],
+            "worker": [self.worker.index, self.worker.count, self.worker.replicas],
             "remainder": self.remainder,
             "reshuffle": self.reshuffle,
             "window": self.window,
             "limit": self.limit,
             "files_at_once": self.files_at_once,
+            "tensorflow": tf.__version__.rpartition(".")[0],  # another may shuffle otherwise
         }
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in order.items()}
 
     def key(self, epoch: tf.Tensor | int, number: tf.Tensor | int) -> tf.Tensor:
         """int64 [2]: the seed of an epoch's window."""
@@ -329,11 +350,11 @@ class _Order:
         low, high = np.maximum(first - begin, 0), np.minimum(end - begin, rows)
         record, head = np.divmod(low, self.manifest.rows_per_record)
         shares = np.stack([np.arange(len(rows)), record, head, high - low], 1)[high > low]
-        shares = tf.constant(shares, tf.int64)
-        if self.seed is not None:
-            shares = tf.random.experimental.stateless_shuffle(shares, self.key(epoch, -1))
         filler = -len(shares) % self.files_at_once
-        return tf.reshape(tf.pad(shares, [[0, filler], [0, 0]]), [-1, self.files_at_once, 4])
+        order = tf.constant(shares, tf.int64)
+        if self.seed is not None:
+            order = tf.random.experimental.stateless_shuffle(order, self.key(epoch, -1))
+        return tf.reshape(tf.pad(order, [[0, filler], [0, 0]]), [-1, self.files_at_once, 4])
 
     def groups_from(self, epoch: int, row: int) -> tf.Tensor:
         """What is left of an epoch's `groups` where the window begins in which `row` lies; without a seed, at it."""
@@ -377,6 +398,7 @@ def _finished(
     seed: int | None,
     worker: Worker,
     deterministic: bool,
+    counted: bool = True,
 ) -> tf.data.Dataset:
     """With features, a known number of batches, options, and some batches ahead of the model."""
     if features is not None:
@@ -387,8 +409,9 @@ def _finished(
     options = tf.data.Options()
     options.deterministic = deterministic
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # sharded already
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(count)).with_options(options)
-    return dataset.prefetch(BATCHES_AHEAD)
+    if counted:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))
+    return dataset.with_options(options).prefetch(BATCHES_AHEAD)
 
 
 def _rows(manifest: Manifest, limit: int | None) -> int:
@@ -437,7 +460,7 @@ def _decoder(manifest: Manifest, columns: Sequence[str] | None, lengths: dict[st
     added = {"weight"} if remainder == "pad" else set()
     if taken := sorted({column.name for column in chosen} & (added | {f"{name}_length" for name in lengths})):
         raise ValueError(
-            f"{manifest.folder}: column {', '.join(taken)} is there already, and remainder='pad' adds `weight`, lengths "
+            f"{manifest.folder}: column {', '.join(taken)} is there already; 'pad' would add `weight`, lengths "
             "`<column>_length`. Rename it in SQL, or leave it out with columns=[...]"
         )
     pads = {column.name: "" if column.dtype == "string" else 0 for column in chosen}

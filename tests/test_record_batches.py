@@ -1,4 +1,4 @@
-"""Record batches and the input pipeline over them: no row lost, none doubled, nothing half-written taken for whole."""
+"""Record batches: no row lost, none doubled, nothing half-written taken for whole."""
 
 import inspect
 import itertools
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
-from recsys_common import input_pipeline, record_batches
+from recsys_common import record_batches
 from recsys_common.datasets import simulated
 from recsys_common.record_batches import NUMBERS, Column, Manifest
 
@@ -651,90 +650,3 @@ def test_a_killed_export_leaves_the_old_one_and_running_it_again_finishes(tmp_pa
     again = record_batches.write(tmp_path, tables(700, 50), COLUMNS)
     assert sorted(rows_of(record_batches.read(Manifest.load(tmp_path))), key=lambda row: row[1]) == expected(750)
     assert sorted(os.listdir(tmp_path)) == sorted([*(file.name for file in again.files), "manifest.json"])
-
-
-# The input pipeline ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("batches")
-    return record_batches.write(folder, tables(3000, 10, 2000, 990), COLUMNS, rows_per_record=64)
-
-
-@pytest.mark.parametrize("seed", [None, 1])
-def test_each_pass_reads_each_row_once(manifest, seed):
-    dataset = input_pipeline.batches(manifest, 256, epochs=2, seed=seed, drop_remainder=False)
-    rows = rows_of(dataset)
-    assert sorted(rows[:6000], key=lambda row: row[1]) == expected(6000)
-    assert sorted(rows[6000:], key=lambda row: row[1]) == expected(6000)
-    assert int(dataset.cardinality()) == 2 * input_pipeline.steps_per_epoch(manifest, 256, False) == 48
-
-
-def test_the_order_is_a_function_of_seed_and_epoch(manifest):
-    def order(seed, epochs=1):
-        batches = input_pipeline.batches(manifest, 500, epochs=epochs, seed=seed)
-        return [row[1] for row in rows_of(batches)]
-
-    assert order(3) == order(3) == order(3, epochs=2)[:6000]
-    assert order(3) != order(4)
-    first, second = np.split(np.array(order(3, epochs=2)), 2)
-    assert (first != second).mean() > 0.99
-    # Well mixed: neighbours in the stream are far apart in the files (a third of the range for a perfect shuffle).
-    assert np.abs(np.diff(first)).mean() > 6000 / 3 * 0.5
-
-
-def test_shapes_are_static_and_the_remainder_is_dropped(manifest):
-    dataset = input_pipeline.batches(manifest, 700, seed=1)
-    assert {name: spec.shape.as_list() for name, spec in dataset.element_spec.items()} == {
-        name: [700] for name in COLUMNS
-    }
-    assert [len(batch["rating"]) for batch in dataset] == [700] * 8  # 6,000 = 8 x 700 + 400
-    assert input_pipeline.steps_per_epoch(manifest, 700) == 8
-
-
-def test_a_batch_larger_than_the_data_is_refused(manifest):
-    with pytest.raises(ValueError, match=r"batch_size 6,001 is more than the 6,000 rows of .*: not one full batch"):
-        input_pipeline.batches(manifest, 6001)
-
-
-def test_the_pipeline_is_native_and_serializes(manifest):
-    """A TPU host gets the graph alone: nothing in it may call back into this Python process."""
-    dataset = input_pipeline.batches(manifest, 500, seed=1)
-    graph = tf.raw_ops.DatasetToGraphV2(input_dataset=dataset._variant_tensor, strip_device_assignment=True)
-    definition = tf.compat.v1.GraphDef.FromString(graph.numpy())
-    ops = {node.op for node in definition.node} | {n.op for f in definition.library.function for n in f.node_def}
-    assert "DecodeRaw" in ops
-    assert not {op for op in ops if "PyFunc" in op}
-
-
-def test_training_ends_without_running_out_of_data(manifest):
-    """`steps_per_epoch` from the manifest and the dataset's own length agree (pain 3)."""
-    dataset = input_pipeline.batches(manifest, 700, epochs=3, seed=1)
-    iterator = iter(dataset)
-    for _ in range(3 * input_pipeline.steps_per_epoch(manifest, 700)):
-        next(iterator)
-    with pytest.raises(StopIteration):
-        next(iterator)
-
-
-def test_a_file_that_vanishes_in_mid_pass_is_named(tmp_path):
-    manifest = record_batches.write(tmp_path, tables(1000, 1000), COLUMNS, rows_per_record=10)
-    os.remove(manifest.paths[1])
-    with pytest.raises(tf.errors.NotFoundError, match=manifest.files[1].name):
-        rows_of(input_pipeline.batches(manifest, 100))
-
-
-def test_reading_record_batches_is_far_faster_than_rows(manifest, tmp_path):
-    """The claim of chapter 1, with a wide margin; the benchmarks have the figures."""
-    big = record_batches.write(tmp_path, tables(400_000), COLUMNS)
-
-    def rows_per_second(dataset, rows):
-        start = time.perf_counter()
-        for _ in dataset:
-            pass
-        return rows / (time.perf_counter() - start)
-
-    fast = max(rows_per_second(input_pipeline.batches(big, 8192, seed=1, epochs=5), 2_000_000) for _ in range(2))
-    by_row = record_batches.read(big).unbatch().shuffle(8192).batch(8192).take(6)
-    assert fast > 5 * rows_per_second(by_row, 6 * 8192)
