@@ -192,7 +192,7 @@ def main() -> None:
     started_from, rows = scale.commit(), []
     for mode, case in tqdm(CASES, desc="tf.data service", unit="case"):
         found = losses(mode, case)
-        rows.append({"case": f"{found['mode']}: {case}", "value": found["lost"], "unit": "rows lost"} | found)
+        rows.append(found | {"case": f"{mode.name}: {case}", "value": found["lost"], "unit": "rows lost"})
     rows += throughput()
     content = scale.result("data_service", rows, scale="benchmark", dataset="numbered rows") | {"commit": started_from}
     print(scale.write_json(Path(__file__).with_suffix(".json"), content))

@@ -158,7 +158,34 @@ def speed_rows(folder: Path) -> list[dict]:
     for case, base in [(case, "book pipeline") for case in shuffled] + [("shuffled record batches", "row shuffle")]:
         ratios = [fast / slow for fast, slow in zip(found[case], found[base], strict=True)]
         rows.append(spread(f"{case} / {base}", ratios, "ratio"))
-    return rows
+    one = [value for _ in range(3) for value in run("one_core", str(folder)).value]
+    return [*rows, spread("shuffled record batches, one core", one, "M rows/s"), *permute_rows(dense)]
+
+
+def one_core(folder: str) -> list[float]:
+    """The rung of the column shuffle, with one of the two cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    return rung("column shuffle", folder, 1.0)
+
+
+def permute_rows(manifest: record_batches.Manifest) -> list[dict]:
+    """One window in memory, in turns: each column written to its places, or read from them."""
+    size = input_pipeline.WINDOW * manifest.rows_per_record
+    window = next(iter(record_batches.read(manifest).rebatch(size)))
+    order = tf.random.experimental.stateless_shuffle(tf.range(size), [1, 0])
+    ways = {
+        "dynamic_stitch": lambda column: tf.dynamic_stitch([order], [column]),
+        "gather": lambda column: tf.gather(column, order),
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(40):
+        for way, move in ways.items():
+            start = time.perf_counter()
+            for column in window.values():
+                move(column)
+            if number:
+                found[way].append((time.perf_counter() - start) / size * 1e9)
+    return [spread(f"permute three columns: {way}", values, "ns/row") for way, values in found.items()]
 
 
 def by_gather(manifest: record_batches.Manifest) -> tf.data.Dataset:
@@ -270,7 +297,7 @@ def column_shuffle(folder: Path) -> tf.data.Dataset:
 
 
 def larger_batches(folder: Path) -> tf.data.Dataset:
-    """batches(manifest, 65536, seed=1), cut to 8192 by the step"""
+    """batches(manifest, 65536, seed=1)"""
     return columns(folder, 8 * BATCH, seed=1)
 
 
@@ -278,8 +305,12 @@ def private_threads(folder: Path) -> tf.data.Dataset:
     """options.threading.private_threadpool_size = 2"""
     options = tf.data.Options()
     options.threading.private_threadpool_size = 2
-    options.threading.max_intra_op_parallelism = 1
     return columns(folder, seed=1).with_options(options)
+
+
+def read_by_python(folder: Path) -> tf.data.Dataset:
+    """for batch in dataset, instead of many steps an execution"""
+    return columns(folder, seed=1)
 
 
 def device_feed(folder: Path) -> tf.data.Dataset:
@@ -303,6 +334,7 @@ LADDER = {
     "column shuffle": column_shuffle,
     "larger batches": larger_batches,
     "private thread pools": private_threads,
+    "read by Python": read_by_python,
     "direct device feed": device_feed,
 }
 
@@ -322,7 +354,7 @@ def rung(name: str, folder: str, seconds: float) -> list[float]:
                 total += tf.cast(tf.reduce_sum(column), tf.float32)
         return total
 
-    if name == "direct device feed":  # an iterator that lives on a device is read by Python, batch by batch
+    if name in ("read by Python", "direct device feed"):  # what lives on a device is read by Python, batch by batch
         step = lambda count: [tf.nest.map_structure(tf.reduce_sum, next(iterator)) for _ in range(int(count))]  # noqa: E731
     step(tf.constant(1))  # traced, and the first rows are there
     count = 2
@@ -465,18 +497,20 @@ def nothing() -> None:
 
 
 def resume_rows(folder: Path) -> list[dict]:
-    """From nothing to the next batch in the middle of 100 million rows, beside tf.data's iterator checkpoints."""
+    """From the call to the next batch in the middle of 100 million rows, beside tf.data's iterator checkpoints."""
     manifest = record_batches.Manifest.load(folder / "large")
     settings = {"batch_size": BATCH, "seed": 1, "epochs": 2, "limit": 100_000_000}
     steps = input_pipeline.steps_per_epoch(manifest, BATCH, limit=100_000_000)
-    dice, seconds, states = random.Random(1), [], []
+    dice, seconds, states, saves = random.Random(1), [], [], []
     asked = [*sorted(dice.sample(range(steps), 5)), steps + 1]
     expected = {}
     for number, batch in enumerate(tqdm(input_pipeline.batches(manifest, **settings), desc="uninterrupted")):
         if number in asked:
             expected[number] = batch["timestamp"].numpy()
     for step in asked:
+        start = time.perf_counter()
         states.append(json.dumps(input_pipeline.position(manifest, step=step, **settings)))
+        saves.append(time.perf_counter() - start)
         start = time.perf_counter()
         dataset = input_pipeline.batches(manifest, **settings, start=json.loads(states[-1]))
         batch = next(iter(dataset))
@@ -484,8 +518,9 @@ def resume_rows(folder: Path) -> list[dict]:
         assert np.array_equal(batch["timestamp"], expected[step]), step
     rows = [
         spread("resume", seconds, "s"),
+        spread("resume: save", saves, "s"),
         {"case": "resume state", "value": max(map(len, states)), "unit": "bytes"},
-        {"case": "resume: steps asked", "value": len(asked), "unit": f"of {2 * steps} steps, all equal"},
+        {"case": "resume: goes on exactly", "value": 1, "unit": f"at {len(asked)} of {2 * steps:,} steps"},
     ]
     for name, dataset in {
         "iterator checkpoint, row buffer of 100,000": record_batches.read(manifest)
@@ -524,19 +559,21 @@ def checkpoint_rows(name: str, dataset: tf.data.Dataset, folder: Path) -> list[d
 # The order ---------------------------------------------------------------------------------------------
 
 
-def orders(table: pa.Table, folder: Path) -> dict[str, list[np.ndarray]]:
+def orders(table: pa.Table, folder: Path, seed: int) -> dict[str, list[np.ndarray]]:
     """Positions in the table in the order of each epoch, from the pipelines themselves."""
     rows = table.num_rows
     numbered = table.append_column("position", pa.array(np.arange(rows)))
-    sharded = numbered.take(np.random.default_rng(1).permutation(rows))
+    size = rows // 64
+    by_time = [numbered.slice(begin, size) for begin in range(0, rows, size)]
+    both = [features.fingerprint_bucket(table[f"{kind}_id"].to_numpy(), 64, kind) for kind in ("user", "item")]
+    shard = sum(both).numpy() % 64
+    by_shard = [numbered.filter(pa.array(shard == number)) for number in range(64)]  # as export_rows.sql does
     found = {"none": [np.arange(rows)] * EPOCHS}
-    buffer = tf.data.Dataset.range(rows).shuffle(10_000, seed=1, reshuffle_each_iteration=True).batch(rows)
+    buffer = tf.data.Dataset.range(rows).shuffle(10_000, seed=seed, reshuffle_each_iteration=True).batch(rows)
     found["row buffer of 10,000"] = [next(iter(buffer)).numpy() for _ in range(EPOCHS)]
-    for name, source in {"windowed": numbered, "windowed, sharded files": sharded}.items():
-        size = rows // 64
-        tables = (source.slice(begin, size) for begin in range(0, rows, size))
+    for name, tables in {"windowed": by_time, "windowed, sharded files": by_shard}.items():
         manifest = record_batches.write(folder / name, tables, {"position": "int64"}, rows_per_record=size // 8)
-        dataset = input_pipeline.batches(manifest, 1024, epochs=EPOCHS, seed=1, remainder="pad")
+        dataset = input_pipeline.batches(manifest, 1024, epochs=EPOCHS, seed=seed, remainder="pad")
         whole = np.concatenate([batch["position"][batch["weight"] > 0].numpy() for batch in dataset])
         found[name] = np.split(whole, EPOCHS)
     return found
@@ -551,19 +588,19 @@ def order_rows(folder: Path) -> list[dict]:
     frequency = np.bincount(items[:past], minlength=items.max() + 1)
     rating, rows = table["rating"].to_numpy(), []
     measured: dict[str, list[float]] = {}
-    every = orders(table.slice(0, past), folder)
-    for name, epochs in every.items():
+    every = [orders(table.slice(0, past), folder, seed) for seed in range(SEEDS)]
+    for name, epochs in every[0].items():
         where = epochs[0]
         for case, value in shuffle_quality.measure(where, users[where], rating[where], 1024).items():
             rows.append({"case": f"order {name}: {case}", "value": value, "unit": ""})
         rows.append(
             {"case": f"order {name}: places", "value": 0, "unit": "", "series": where[:: past // 1500].tolist()}
         )
-    for seed, (name, epochs) in tqdm([(s, each) for s in range(SEEDS) for each in every.items()], desc="models"):
+    for seed, name in tqdm([(seed, name) for seed in range(SEEDS) for name in every[0]], desc="models"):
         model = MatrixFactorization(users.max() + 1, len(frequency), 32, frequency, seed=seed)
         model.compile(optimizer=tf.keras.optimizers.Adagrad(0.1))
         steps = past // 1024
-        cut = np.concatenate([where[: steps * 1024] for where in epochs]).reshape(-1, 1024)
+        cut = np.concatenate([where[: steps * 1024] for where in every[seed][name]]).reshape(-1, 1024)
         dataset = tf.data.Dataset.from_tensor_slices({"user_index": users[cut], "item_index": items[cut]})
         training.fit(model, dataset, EPOCHS, steps, 1024)
         seen = users[:past], items[:past]
@@ -618,8 +655,9 @@ def readme(content: dict, text: str) -> str:
     lines += [f"| {name} | {of[case]:.2f} | {50e3 / of[case] / 3600:,.1f} |" for case, name in names.items()]
     lines += [
         "",
-        f"In {of['memory 100M']:,.0f} MB at 100 million rows as at 1 million ({of['memory 1M']:,.0f}), and an "
-        f"interrupted run goes on with the next row after {of['resume']:.1f} s.",
+        f"Reading 100 million rows takes {of['memory 100M']:,.0f} MB in one epoch, {of['memory 1M']:,.0f} MB as 100 "
+        f"epochs of a million. An interrupted run goes on with the next row after {of['resume']:.1f} s. The files lay "
+        "in the page cache.",
     ]
     block = "\n".join(lines)
     mark = "from benchmarks/input_pipeline.json"
@@ -634,7 +672,7 @@ def main() -> None:
     """Measure everything and write the result file."""
     parser = argparse.ArgumentParser(description="Measure the input pipeline; writes benchmarks/input_pipeline.json.")
     parser.add_argument("--data-dir", help="not needed here; `make bench` passes it to every benchmark")
-    parser.add_argument("--only", nargs="*", choices=PARTS, help="measure these parts, print them, and write no file")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="measure these parts, and keep the others as they are")
     arguments = parser.parse_args()
     started_from = scale.commit()
     os.environ["RECSYS_PROGRESS"] = "0"  # bars of its own
@@ -646,11 +684,11 @@ def main() -> None:
         if {"memory", "resume"} & set(wanted):
             large_files(folder)
         for part in wanted:
-            rows += globals()[f"{part}_rows"](folder)
+            rows += [row | {"part": part} for row in globals()[f"{part}_rows"](folder)]
             print(part, "done", flush=True)
-    if arguments.only:
-        print(json.dumps(rows, indent=1))
-        return
+    path = ROOT / "benchmarks" / "input_pipeline.json"
+    kept = json.loads(path.read_text())["rows"] if arguments.only else []
+    rows = [row for row in kept if row.get("part") not in wanted] + rows
     content = scale.result("input_pipeline", rows, scale="benchmark", dataset="simulated")
     finish(content | {"commit": started_from})
 

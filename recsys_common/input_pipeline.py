@@ -15,6 +15,7 @@ Needs: record_batches.py features.py
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ class Worker:
     replicas: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"worker {self.index} of {self.count}: expected an index of 0 to {self.count - 1}")
+        if not 0 <= self.index < self.count or self.replicas < 1:
+            raise ValueError(
+                f"worker {self.index} of {self.count}: expected an index of 0 to {self.count - 1}, and a replica or "
+                f"more in it, not {self.replicas}"
+            )
 
     @classmethod
     def of(cls, context: Worker | tf.distribute.InputContext) -> Worker:
@@ -139,11 +143,14 @@ def batches(
         is another for each batch of each epoch and worker: a seed for `tf.random.stateless_*`.
       start: steps of this run that are done already: a number, or what `position` returned, which is compared.
       counted: whether the dataset knows its length. False for a `DYNAMIC` tf.data service, whose workers have part of
-        the batches each: hand it one epoch at a time, `epochs=n + 1, start=n * steps`.
+        the batches each, 8 files at a time: hand it one epoch, `epochs=n + 1, start=n * steps`. Each drops a remainder
+        of its own there, and the keys of `features` are the same in all of them.
 
     Raises:
       ValueError: as `steps_per_epoch`; a column that does not exist; a ragged one without a length; a start that is
         past the end, of another order, or of none.
+
+    On `gs://` TensorFlow buffers 64 MB of each open file, and downloads what a resume passes over in them.
 
     Iterating raises `InvalidArgumentError` where a file has other rows than the manifest says, `DataLossError` where
     one is damaged (`record_batches.verify` says which), `NotFoundError` where one is gone.
@@ -154,10 +161,14 @@ def batches(
         raise ValueError(
             f"{manifest.folder}: {epochs} epochs of {steps:,} steps, of which {step:,} are said to be done"
         )
-    here = order.position(step) if step else {}
+    here = order.position(step) if step or isinstance(start, dict) else {}
     if isinstance(start, dict) and (other := {name: start.get(name) for name in here if start.get(name) != here[name]}):
         now = {name: here[name] for name in other}
         raise ValueError(f"{manifest.folder}: the position is one in another order: {other}, which is now {now}")
+    if not counted and (remainder == "pad" or epochs - step // steps != 1):
+        raise ValueError("counted=False: expected remainder='drop', and one epoch at a time: epochs=n+1, start=n*steps")
+    if features is not None and remainder == "pad":  # or else the padding of a new dict would train as rows
+        features = functools.partial(_with_weight, features)
     decode, replicas = _decoder(manifest, columns, lengths or {}, remainder), order.worker.replicas
 
     def epoch_from(epoch: tf.Tensor | int, groups: tf.Tensor, row: int = 0) -> tf.data.Dataset:
@@ -218,7 +229,8 @@ def mixed(
       sources: manifests with equal columns, and their weights; rows are rounded to the largest remainders.
       batch_size: rows in a batch of this worker.
       steps: batches in all.
-      start: steps that are done already. As for `batches`, what follows is what would have followed.
+      start: steps that are done already. What follows is what would have followed, if the other arguments are the
+        same: nothing is compared here.
       options: `reshuffle`, `window`, `limit`, `columns`, `lengths`, `deterministic`, for each source as for `batches`.
 
     Raises:
@@ -335,9 +347,10 @@ class _Order:
         return {name: value.item() if isinstance(value, np.generic) else value for name, value in order.items()}
 
     def key(self, epoch: tf.Tensor | int, number: tf.Tensor | int) -> tf.Tensor:
-        """int64 [2]: the seed of an epoch's window."""
+        """int64 [2]: the seed of an epoch's window, -1 for that of its files; no two workers have one in common."""
         epoch = tf.cast(epoch if self.reshuffle else 0, tf.int64)
-        return tf.stack([tf.cast(self.seed, tf.int64) * 1_000_003 + epoch, tf.cast(number, tf.int64)])
+        number = tf.cast(number, tf.int64) * self.worker.count + self.worker.index
+        return tf.stack([tf.cast(self.seed, tf.int64) * 1_000_003 + epoch, number])
 
     def groups(self, epoch: tf.Tensor | int) -> tf.Tensor:
         """An epoch's shares of files in their order: int64 [groups, files that are read in turns, 4].
@@ -353,7 +366,7 @@ class _Order:
         filler = -len(shares) % self.files_at_once
         order = tf.constant(shares, tf.int64)
         if self.seed is not None:
-            order = tf.random.experimental.stateless_shuffle(order, self.key(epoch, -1))
+            order = tf.random.experimental.stateless_shuffle(order, self.key(epoch, -1), alg="philox")
         return tf.reshape(tf.pad(order, [[0, filler], [0, 0]]), [-1, self.files_at_once, 4])
 
     def groups_from(self, epoch: int, row: int) -> tf.Tensor:
@@ -403,7 +416,7 @@ def _finished(
     """With features, a known number of batches, options, and some batches ahead of the model."""
     if features is not None:
         dataset = dataset.enumerate(step).map(
-            lambda number, batch: features(batch, tf.stack([seed or 0, number * worker.count + worker.index])),
+            lambda number, batch: features(batch, tf.stack([-1 - (seed or 0), number * worker.count + worker.index])),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
     options = tf.data.Options()
@@ -412,6 +425,10 @@ def _finished(
     if counted:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))
     return dataset.with_options(options).prefetch(BATCHES_AHEAD)
+
+
+def _with_weight(features: Callable, batch: dict[str, tf.Tensor], key: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {"weight": batch["weight"]} | features(batch, key)
 
 
 def _rows(manifest: Manifest, limit: int | None) -> int:
@@ -484,7 +501,7 @@ def _permuted(window: dict[str, tf.Tensor], key: tf.Tensor, skip: tf.Tensor) -> 
     `dynamic_stitch` writes row i to place order[i]. It takes half as long as `gather`, which reads place order[i].
     """
     rows = tf.shape(next(iter(window.values())))[0]
-    order = tf.random.experimental.stateless_shuffle(tf.range(rows), key)
+    order = tf.random.experimental.stateless_shuffle(tf.range(rows), key, alg="philox")  # the same everywhere
     return {name: tf.dynamic_stitch([order], [column])[tf.maximum(skip, 0) :] for name, column in window.items()}
 
 

@@ -256,7 +256,7 @@ def test_a_resumed_run_is_the_tail_of_the_whole_one(manifest, run, settings, sta
 def test_features_get_a_key_of_their_own_in_each_batch_of_each_worker(run):
     settings, _ = RUNS["worker, padding, features"]
     keys = {tuple(batch["key"]) for batch in run(epochs=3, **settings)}
-    assert keys == {(4, step * 3 + 1) for step in range(33)}  # seed; step and worker
+    assert keys == {(-5, step * 3 + 1) for step in range(33)}  # never a window's seed; step and worker
 
 
 def test_a_position_is_small_and_knows_what_it_belongs_to(manifest, tmp_path):
@@ -761,3 +761,34 @@ def test_records_past_the_last_one_of_the_manifest_are_no_data(tmp_path):
         stream.write(Path(exported.paths[0]).read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{exported.files[0].name}: .* bytes, the manifest says"):
         Manifest.load(tmp_path)
+
+
+def test_workers_with_equal_files_do_not_share_an_order():
+    """Otherwise the same two rows would meet in the same step of every epoch."""
+    orders = [plan(planned([90] * 16, 10), seed=3, worker=Worker(index, 2)) for index in (0, 1)]
+    first, second = (order.groups(0).numpy()[:, :, 0].ravel() for order in orders)
+    assert sorted(first) == list(range(8)) and sorted(second) == list(range(8, 16))
+    assert list(first) != list(second - 8)
+    keys = [{tuple(order.key(0, number).numpy()) for number in range(-1, 50)} for order in orders]
+    assert not keys[0] & keys[1]
+
+
+def test_weights_survive_features_that_make_a_new_batch(manifest):
+    dataset = batches(manifest, 300, remainder="pad", features=lambda batch, key: {"twice": batch["row"] * 2})
+    assert dataset.element_spec.keys() == {"weight", "twice"}
+    assert sum(float(tf.reduce_sum(batch["weight"])) for batch in dataset) == manifest.rows
+
+
+def test_what_has_no_length_is_one_epoch_without_padding(manifest):
+    for wrong in ({"epochs": 2}, {"remainder": "pad"}):
+        with pytest.raises(ValueError, match=r"counted=False: expected remainder='drop', and one epoch at a time"):
+            batches(manifest, 100, counted=False, **wrong)
+    steps = steps_per_epoch(manifest, 100)
+    second = batches(manifest, 100, epochs=2, start=steps, counted=False)
+    assert int(second.cardinality()) == tf.data.UNKNOWN_CARDINALITY and len(list(second)) == steps
+
+
+def test_a_position_at_the_very_beginning_is_compared_too(manifest):
+    state = position(manifest, 100, 0, seed=1)
+    with pytest.raises(ValueError, match="'seed': 1"):
+        batches(manifest, 100, seed=2, start=state)
