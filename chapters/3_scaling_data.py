@@ -19,7 +19,7 @@
 #
 # At the end of this page you will have
 #
-# - a pass over data that is four times larger than the memory it is allowed;
+# - a pass over data at least four times as large as the memory it is allowed;
 # - a ladder of everything people do to make an input pipeline faster, one change at a time, and the three rungs that
 #   matter;
 # - each row read exactly once by one, two or seven workers;
@@ -106,19 +106,20 @@ print(f"{manifest.rows:,} rows in {len(manifest.files)} files, {manifest.bytes /
 # %% [markdown]
 # ## More than memory
 #
-# A manifest is a list of files, and it may name them many times over. Here they are, named so often that the data is
-# four times as large as what the next programs may take, or more: as many bytes to read as from a table of that size.
+# A manifest is a list of files, and it may name them many times over: as many bytes to read as from a larger table.
+# Here it names so many that they are four times what the next programs may take on top of TensorFlow's own memory.
 
 # %%
-times = int(np.ceil(4 * ALLOWED_MB * 1e6 / manifest.bytes))
-large = dataclasses.replace(manifest, files=manifest.files * times)
+named = manifest.files * int(np.ceil(4 * ALLOWED_MB * 1e6 / manifest.bytes))
+enough = np.searchsorted(np.cumsum([file.bytes for file in named]), 4 * ALLOWED_MB * 1e6) + 1
+large = dataclasses.replace(manifest, files=named[:enough])
 times_allowed = large.bytes / 1e6 / ALLOWED_MB
 print(f"{times_allowed:.1f} times the {ALLOWED_MB} MB allowed")
 
 # %% [markdown]
-# Each of the two programs below runs in a process of its own, whose memory is limited by the operating system
-# (`RLIMIT_DATA`) to what TensorFlow takes after its import, and `ALLOWED_MB` more. The first does what the tutorials
-# do: the table, then slices of it. The second reads shuffled record batches.
+# Each of the two programs below runs in a process of its own, whose private memory the operating system limits
+# (`RLIMIT_DATA`). The first does what the tutorials do: the table, then slices of it. The second reads shuffled record
+# batches.
 
 
 # %%
@@ -137,11 +138,11 @@ def windows_of_it(manifest):
 # %%
 programs = (whole_table, windows_of_it)
 outcomes = {p.__name__: limited_memory.run(p, large, megabytes=ALLOWED_MB) for p in programs}
-{name: "ended by the limit" if run.failure else "finished" for name, run in outcomes.items()}
+{name: "failed" if run.failure else "finished" for name, run in outcomes.items()}
 
 # %% tags=["nbval-ignore-output"]
 for name, run in outcomes.items():
-    print(f"{name}: {run.seconds:.1f} s, {run.peak:.0f} MB at most. {run.failure[:80]}")
+    print(f"{name}: {run.seconds:.1f} s, {run.peak:.0f} MB of {run.limit:.0f}. {run.failure[:80]}")
 
 # %% [markdown]
 # The benchmark does the same on the real thing: 220 million rows, 6 GB of files, and 1.5 GB of memory for everything,
@@ -186,10 +187,9 @@ of.loc[flat, ["value", "min", "max"]].set_axis(["peak, MB", "from", "to"], axis=
 # %% [markdown]
 # ## The ladder
 #
-# What do people do to make an input pipeline faster? Everything, at the same time. Here is one change at a time, each
-# in a process of its own, on the same ratings: two ids, a rating, batches of 8,192 into a step that adds them up. From
-# *CSV* to *parse in the interleave* each rung keeps what those before it did. All figures come from this machine in one
-# run.
+# What do people do to make an input pipeline faster? Here is one change at a time, each in processes of its own, on the
+# same ratings: two dense ids, a rating, batches of 8,192 (but for *larger batches*) into a step that adds them up.
+# From *CSV* to *parallel map* each rung keeps what those before it did.
 
 # %% tags=["main-result"]
 rungs = of[of["change"].notna()]
@@ -213,27 +213,29 @@ axis.set(
 axis.margins(x=0.12)
 
 # %% [markdown]
-# Three steps carry the whole ladder. The others are worth a line each, not an afternoon.
+# What each rung brings, against the one that it changes:
 
 # %%
-speed = ladder["M rows/s"]
-steps_that_matter = {
-    "parse a batch instead of a line": speed["batch, then parse"] / speed["CSV"],
-    "columns instead of text": speed["columns: record batches"] / speed["parse in the interleave"],
-    "shuffle columns instead of rows": speed["column shuffle"] / speed["shuffle by row"],
-    "prefetch": speed["prefetch"] / speed["interleave"],
-    "parallel map": speed["parallel map"] / speed["prefetch"],
-    "private thread pools": speed["private thread pools"] / speed["column shuffle"],
-    "direct device feed (to a CPU)": speed["direct device feed"] / speed["column shuffle"],
+before = dict(zip(ladder.index[1:], ladder.index[:-1], strict=True))
+before |= {"shuffle by row": "columns: record batches", "column shuffle": "shuffle by row"}
+before |= {
+    rung: "column shuffle" for rung in ("larger batches", "private thread pools", "read by Python")
 }
-pd.Series(steps_that_matter, name="times as fast").round(2).to_frame()
+speed = ladder["M rows/s"]
+gain = pd.Series(
+    {rung: speed[rung] / speed[base] for rung, base in before.items()}, name="times as fast"
+)
+gain.to_frame().assign(against=pd.Series(before)).sort_values("times as fast").round(2)
 
 # %% [markdown]
-# Interleaving *lines* of many files is a trap of its own: every line then passes through the interleave by itself. The
-# book's pipeline is taken at its best below, with batching and parsing inside the interleave.
+# Three of them matter: parse a batch instead of a line, read columns instead of text, and shuffle columns instead of
+# rows. Most of the others are worth a line of code, not an afternoon. One is a trap: interleaving *lines* sends each
+# line through the interleave by itself, and it takes batching and parsing inside the interleave to make up for it.
+# That is the book's pipeline at its best, and what is compared with below. Reading batch by batch in Python is the
+# price of a step at a time; `steps_per_execution` in Keras' `compile` avoids it.
 #
-# What the promise is about, all cases in turns within one run. Ids that are dense already cost nothing here; hashing
-# integers costs little, hashing them as strings much (*Features*, below).
+# The cases that the promise is about, in turns within one run. Ids that are dense already cost nothing here; hashing
+# them costs, as strings most (*Features*, below).
 
 # %%
 cases = ["row shuffle", "book pipeline", "shuffled, fingerprint hash", "shuffled, integer hash"]
@@ -247,20 +249,29 @@ ratios = of[of.index.str.contains(" / ")][["value", "min", "max"]]
 ratios.set_axis(["ratio", "from", "to"], axis=1).round(1)
 
 # %% [markdown]
-# And on the host of a TPU? Rows a second and core, times the cores that Google lists for the machine type. That is an
-# extrapolation along a straight line, which no pipeline follows to the end: read it as a lower bound of the hours.
+# What is the limit? For the dense ids the copying itself: reading, decoding and permuting each take their share, and a
+# window is written in place, column by column, because `gather` takes longer to read it in the new order. For hashed
+# strings it is the writing of numbers as text. The way past that is not a faster hash: SQL computes the same buckets
+# once (`hashed_ids.sql`), and then the case is that of dense ids.
 
 # %%
-cores = {"this machine": benchmark["machine"]["cores"], "ct5lp-hightpu-1t (v5e)": 24}
-cores |= {
-    "ct5lp-hightpu-4t (v5e)": 112,
-    "ct6e-standard-4t (v6e)": 180,
-    "ct5lp-hightpu-8t (v5e)": 224,
-}
-per_core = value["shuffled record batches"] / cores["this machine"]
+permute = of[of.index.str.startswith("permute ")][["value", "min", "max"]]
+permute.set_axis(["ns a row", "from", "to"], axis=1).round(1)
+
+# %% [markdown]
+# And on the host of a TPU? Rows a second and core, times the cores that Google lists for the machine type. All files
+# were in the page cache here; the last column says what storage would have to deliver. Past that, and past what one
+# thread can cut into batches, more cores change nothing: read the hours as a lower bound.
+
+# %%
+cores = {"one core here": 1, "this machine": 2, "ct5lp-hightpu-1t (v5e)": 24}
+cores |= {"ct5lp-hightpu-4t (v5e)": 112, "ct6e-standard-4t (v6e)": 180}
 hosts = pd.DataFrame({"cores": cores})
-hosts["hours, 50 billion rows"] = 50e9 / (per_core * 1e6 * hosts["cores"]) / 3600
-hosts.round(3)
+hosts["M rows/s"] = value["shuffled record batches"] / 2 * hosts["cores"]
+hosts.loc["one core here", "M rows/s"] = value["shuffled record batches, one core"]
+hosts["hours, 50 billion rows"] = 50e9 / hosts["M rows/s"] / 3.6e9
+hosts["GB/s to read"] = hosts["M rows/s"] * 12 / 1000
+hosts.round(2)
 
 # %% [markdown]
 # Your machine, now: the same rows shuffled one by one and column by column.
@@ -355,21 +366,20 @@ axes[0].set_ylabel("where it is in the table")
 # %% [markdown]
 # A buffer of rows moves each row by about its own size: the model still walks through the years, and forgets. Windows
 # over files *in the table's order* move rows across the whole table, but a batch holds a few moments of it only. On
-# files that are random samples (the shard number from SQL) the order cannot be told from a uniform one.
+# files that are random samples (sharded by fingerprint, as in SQL) all four measures are those of a uniform order.
 #
 # The last column is what it is all about: matrix factorization, trained on the oldest nine tenths and asked for the
-# rest. The median of three seeds, and how far they lie apart:
+# rest. The median of three seeds, of the order and of the model, and how far they lie apart:
 
 # %%
 trained = of.loc[[f"order {name}: NDCG@10" for name in orders], ["value", "min", "max"]]
 trained.set_axis(["NDCG@10", "from", "to"], axis=1).set_axis(orders).round(4)
 
 # %% [markdown]
-# Both good orders beat both bad ones by more than the seeds differ. Whether files are sharded or not made less of a
+# Both windowed orders beat the other two by more than the seeds differ. Whether files are sharded makes less of a
 # difference to this model than to the measures above.
 #
-# Where do the three shuffles happen? In one map over windows. Row `i` of a column is written to place `order[i]`, all
-# columns by the same order: `dynamic_stitch`, which does this in half the time that `gather` takes to read them.
+# How is a window permuted? Row `i` of each column is written to place `order[i]`.
 
 # %%
 ids = tf.constant([10, 11, 12, 13, 14, 15])
@@ -383,8 +393,8 @@ print(order.numpy(), tf.dynamic_stitch([order], [ids]).numpy())
 # ## Interrupted
 #
 # Preemptible machines are taken away, processes are killed. `tf.data` can save an iterator, with everything in its
-# buffers. Here there is nothing to save: which rows come next follows from the seed, the epoch and the step. Train
-# for a while, and stop in the middle of the second epoch:
+# buffers. Here there is nothing to save: which rows come next follows from the seed, the epoch and the step. Read a
+# whole run, to compare with, and say that it was stopped in the middle of the second epoch:
 
 # %%
 settings = {"batch_size": BATCH_SIZE, "epochs": EPOCHS, "seed": SEED, "limit": 40 * BATCH_SIZE}
@@ -392,15 +402,16 @@ dataset = input_pipeline.batches(manifest, **settings)
 steps = input_pipeline.steps_per_epoch(manifest, BATCH_SIZE, limit=40 * BATCH_SIZE)
 done = steps + steps // 3
 uninterrupted = [batch["timestamp"].numpy() for batch in dataset]
-print(steps, "steps an epoch, stopped after", done)
+print(steps, "steps an epoch; say that it was stopped after", done)
 
 # %%
 state = json.dumps(input_pipeline.position(manifest, step=done, **settings))
 print(f"{len(state)} bytes:", state[:60], "...")
 
 # %% [markdown]
-# The new process makes the same call, with the state. It opens the files of the window that the step lies in, at the
-# records that it needs, and leaves out what was seen.
+# A new process makes the same call, with the state. It opens the files of the window that the step lies in, at the
+# records that it needs, and leaves out what was seen. (Keras first trains what is left of the epoch:
+# `fit(again, epochs=1, steps_per_epoch=steps - done % steps)`, then the others.)
 
 # %%
 again = input_pipeline.batches(manifest, **settings, start=json.loads(state))
@@ -424,7 +435,7 @@ for change in ({"seed": SEED + 1}, {"deterministic": False}):
 # `tf.data`'s own checkpoint of the iterator takes after 20 batches.
 
 # %%
-resume, case = of.loc["resume"], "iterator checkpoint, "
+case = "iterator checkpoint, "
 kinds = {"row buffer of 100,000": "tf.data, row buffer of 100,000"}
 kinds |= {"shuffled record batches": "tf.data, these windows"}
 compared = {
@@ -433,14 +444,15 @@ compared = {
     ]
     for kind, shown in kinds.items()
 }
-compared["position, these windows"] = [value["resume state"], 0, resume["value"], 1]
+ours = ("resume state", "resume: save", "resume", "resume: goes on exactly")
+compared["position, these windows"] = value[list(ours)].tolist()
 names = ["bytes", "s to save", "s to go on", "exactly"]
-pd.DataFrame(compared, index=names).T.round(2)
+pd.DataFrame(compared, index=names).T.round(4)
 
 # %% [markdown]
-# Both go on exactly. The iterator's checkpoint holds the rows in its buffers, so its size and time grow with the
-# buffer; it must be saved with every checkpoint of the model, whether it is needed or not, and it is lost when
-# TensorFlow or the pipeline changes. The position is one number that the optimizer counts anyway.
+# All three go on exactly. The iterator's checkpoint holds the rows in its buffers, so its size and time grow with the
+# buffer, and it must be saved with every checkpoint of the model, whether it is needed or not. The position is one
+# number that the optimizer counts anyway, with the settings that it is a position in.
 #
 # ## Features
 #
@@ -448,31 +460,39 @@ pd.DataFrame(compared, index=names).T.round(2)
 # host of a TPU or in another process. It also gets a key, another for every batch: randomness that can be resumed.
 
 # %%
-frequency = np.bincount(
-    np.concatenate([b["item_id"] for b in record_batches.read(manifest).take(4)])
-)
-negatives = features.negative_sampler(frequency)
+few = record_batches.read(manifest, ["item_id"]).take(4)
+item_ids, frequency = np.unique(np.concatenate([b["item_id"] for b in few]), return_counts=True)
+draw = features.negative_sampler(frequency)
+bucket = lambda ids: features.fingerprint_bucket(ids, 2**20, "item")  # noqa: E731
 of_batch = input_pipeline.batches(
     manifest,
     BATCH_SIZE,
     seed=SEED,
     features=lambda batch, key: {
         "user": features.hash_bucket(batch["user_id"], 2**20, "user"),
-        "item": features.fingerprint_bucket(batch["item_id"], 2**20, "item"),
-        "negatives": negatives(key, [BATCH_SIZE, 4])[0],
-        "negatives_log_q": negatives(key, [BATCH_SIZE, 4])[1],
+        "item": bucket(batch["item_id"]),
+        "negatives": bucket(tf.gather(item_ids, draw(key, [BATCH_SIZE, 4])[0])),
+        "log_q": draw(key, [BATCH_SIZE, 4])[1],
     },
 )
 {name: column[:1].numpy().round(2).tolist() for name, column in next(iter(of_batch)).items()}
 
 # %% [markdown]
-# Which of them for the ids? In the table above: rows of the table from SQL are free. `hash_bucket`, over the bytes of
-# the number, costs a few nanoseconds a row. `fingerprint_bucket` gives the bucket of the *string*, which is what
-# chapter 2's SQL and a served model use; nearly all of its time goes into writing numbers as text. So hash strings in
-# SQL, once, or integers here. A `vocabulary` in the pipeline is for ids that no SQL has seen:
+# Which of them for the ids? `hash_bucket` hashes the bytes of the number. `fingerprint_bucket` gives the bucket of the
+# *string*, which is what chapter 2's SQL and a served model use. What they add to a row, from the table above:
 
 # %%
-known = pd.Series(frequency).nlargest(100).index.to_numpy()
+nanoseconds = (
+    1000 / value[["shuffled, raw ids", "shuffled, integer hash", "shuffled, fingerprint hash"]]
+)
+(nanoseconds.iloc[1:] - nanoseconds.iloc[0]).round(1).rename("ns a row, two ids").to_frame()
+
+# %% [markdown]
+# So hash strings in SQL, once, or integers here. `vocabulary` numbers ids in the pipeline, for files whose ids no SQL has
+# numbered:
+
+# %%
+known = item_ids[np.argsort(-frequency, kind="stable")[:100]]
 rows_of = features.vocabulary(known, np.arange(10, 110), oov_buckets=10, name="item")
 print(
     "the most frequent:", rows_of(known[:3]).numpy(), "unknown ids:", rows_of([10**9, -1]).numpy()
@@ -508,7 +528,7 @@ rows_a_batch
 # %%
 weights = tf.random.stateless_normal([1024, 1024], [SEED, 0])
 heavy = tf.function(lambda batch: tf.reduce_sum(weights @ weights @ weights @ weights))
-light = tf.function(lambda batch: tf.reduce_sum(batch["rating"]))
+light = lambda batch: batch["rating"]  # noqa: E731
 as_text = lambda batch, key: batch | {"day": tf.strings.as_string(batch["rating"], precision=9)}  # noqa: E731
 planted = {
     "strings": bottleneck.explain(manifest, 4096, light, seconds=0.3, seed=SEED, features=as_text),
@@ -544,9 +564,9 @@ modes
 
 # %% [markdown]
 # Undisturbed, every mode but `OFF` reads each row once; `OFF` has every worker read everything. When a worker is killed
-# and started again at its address, `DYNAMIC` loses the files that it was working on, and the modes with fixed shares
-# read them again: rows are lost or doubled, and nothing says so. A worker that does not come back *at the same
-# address* is worse: the epoch waits for it, without an error, and without an end. A dispatcher with a journal
+# and started again at its address, `DYNAMIC` loses what it was working on, and the modes with fixed shares read it
+# again: rows are lost or doubled, and nothing says so. A worker that does not come back *at the same address* is
+# worse: the epoch had not gone on after 20 seconds, and no error was raised. A dispatcher with a journal
 # (`--work-dir`) may be killed, one without takes the epoch with it.
 #
 # So the service is for training where some rows more or less do not matter. `batches` itself is its pipeline, one
@@ -637,8 +657,8 @@ values |= {
     "each row once": (once, ""),
     "resumed exactly": (exact, ""),
     "resume state": (len(state), "bytes"),
-    "data, times the memory allowed": (times_allowed, ""),
-    "naive way ended by the limit": (bool(outcomes["whole_table"].failure), ""),
+    "data, times the memory allowed on top": (times_allowed, ""),
+    "naive way failed": (outcomes["whole_table"].failure not in ("", "SIGALRM"), ""),
     "windows finished": (not outcomes["windows_of_it"].failure, ""),
     "bottlenecks named": (
         sum(

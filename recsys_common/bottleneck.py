@@ -1,6 +1,6 @@
 """Where does the time of a training step go: into the model, or into which part of its input?
 
-    print(explain(manifest, 8192, step=train_step, seed=1, features=features))
+    print(explain(manifest, 8192, step=loss_of, seed=1, features=features))
 
 The same rows are read again and again, each time one part of the pipeline further: records as they are stored,
 decoded, shuffled, cut into batches and handed over, with features; then the model alone, on one batch that it gets
@@ -12,7 +12,6 @@ Needs: input_pipeline.py record_batches.py features.py
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from recsys_common import input_pipeline, record_batches
+from recsys_common import input_pipeline
 from recsys_common.record_batches import Manifest
 
 ONE = input_pipeline.Worker()
@@ -66,44 +65,67 @@ def explain(
     """Measure the parts of `batches(manifest, batch_size, **settings)` and of `step`, and name the bottleneck.
 
     Args:
-      step: the model: takes a batch and returns tensors, such as the loss, which are waited for. None: the input alone.
+      step: the model: takes a batch and returns tensors, such as the loss, which are waited for. It is called many
+        times on one batch: let it leave the weights alone, or hand in a copy. None: the input alone.
       seconds: for each part, about; there are up to six.
+      settings: as for `batches`. Without a seed there is no part "shuffle".
 
     Raises:
       ValueError: as `input_pipeline.batches`.
     """
-    features = settings.pop("features", None)
-    settings = {name: value for name, value in settings.items() if name not in ("epochs", "start")} | {"epochs": 10**6}
+    settings = {name: value for name, value in settings.items() if name not in ("epochs", "start")}
+    plain = settings | {"features": None, "epochs": 10**6}
+    rows = min(manifest.rows, settings.get("limit") or manifest.rows)
+    large = max(batch_size, min(2**16, rows // input_pipeline.Worker.of(settings.get("worker", ONE)).count))
     window = settings.get("window") or input_pipeline.WINDOW * manifest.rows_per_record
-    window = max(batch_size, min(window, manifest.rows // input_pipeline.Worker.of(settings.get("worker", ONE)).count))
-    per_record = manifest.rows / sum(-(-file.rows // manifest.rows_per_record) for file in manifest.files)
+    seeded = settings.get("seed") is not None
+    # As many files at once as the pipeline reads, and then, but for the shuffle, the same.
+    together = input_pipeline.FILES_AT_ONCE if seeded else 1
     records = tf.data.Dataset.from_tensor_slices(manifest.paths).interleave(
-        tf.data.TFRecordDataset, cycle_length=input_pipeline.FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE
+        tf.data.TFRecordDataset, cycle_length=together, num_parallel_calls=tf.data.AUTOTUNE
     )
-    whole = input_pipeline.batches(manifest, batch_size, features=features, **settings)
-    parts: dict[str, tuple[Iterator, float]] = {
-        "storage": (iter(records.repeat()), per_record),
-        "decode": (iter(record_batches.read(manifest, settings.get("columns")).repeat()), per_record),
-        "shuffle": (iter(input_pipeline.batches(manifest, window, **settings)), window),
-        "hand-over": (iter(input_pipeline.batches(manifest, batch_size, **settings)), batch_size),
+    in_order = plain | {"seed": None, "deterministic": not seeded}
+    per_record = manifest.rows / sum(-(-file.rows // manifest.rows_per_record) for file in manifest.files)
+    parts = {
+        "storage": (records.repeat(), per_record),
+        "decode": (input_pipeline.batches(manifest, large, **in_order), large),
+        "shuffle": (input_pipeline.batches(manifest, large, **plain), large),
+        "hand-over": (input_pipeline.batches(manifest, batch_size, **plain), batch_size),
+        "features": (input_pipeline.batches(manifest, batch_size, **settings, epochs=10**6), batch_size),
     }
-    if features is not None:
-        parts["features"] = iter(whole), batch_size
+    if not seeded:
+        del parts["shuffle"]
+    batch = next(iter(parts["features"][0]))
+    if settings.get("features") is None:
+        del parts["features"]
     if step is not None:
-        batch = next(iter(whole))
-        parts["model"] = (tf.nest.map_structure(np.asarray, step(batch)) for _ in itertools.repeat(None)), batch_size
+        parts["model"] = _Calls(step, batch), batch_size
     price: dict[str, list[float]] = {part: [] for part in parts}
-    for number, (part, (iterator, rows)) in itertools.product(range(ROUNDS + 1), parts.items()):
-        took, count, start = 0.0, 0, time.perf_counter()
-        while took < seconds / ROUNDS or count < 2:
+    for part, (dataset, size) in list(parts.items()) * ROUNDS:
+        iterator, took, count = iter(dataset), 0.0, 0
+        next(iterator)  # opens files, traces functions
+        least = 2 + (2 * window // large if part == "shuffle" else 0)  # two windows: the next is made meanwhile
+        start = time.perf_counter()
+        while took < seconds / ROUNDS or count < least:
             next(iterator)
             count, took = count + 1, time.perf_counter() - start
-        if number:  # the first round fills buffers and traces functions
-            price[part].append(1000 * took / count / rows * batch_size)
+        del iterator  # or it would go on reading
+        price[part].append(1000 * took / count / size * batch_size)
     until = {part: float(np.median(values)) for part, values in price.items()}
     model = {"model": until.pop("model")} if step is not None else {}
     before = [0.0, *until.values()]
     adds = {part: max(cost - max(before[: place + 1]), 0.0) for place, (part, cost) in enumerate(until.items())}
-    worst = max(adds, key=adds.get)
     slower = model and model["model"] >= sum(adds.values())
-    return Explanation(adds | model, "model" if slower else worst)
+    return Explanation(adds | model, "model" if slower else max(adds, key=adds.get))
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The model as something to iterate over: each element is a call on the same batch that has ended."""
+
+    step: Callable
+    batch: object
+
+    def __iter__(self) -> Iterator:
+        while True:
+            yield tf.nest.map_structure(np.asarray, self.step(self.batch))

@@ -294,7 +294,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chapter", "3"], "chapter 3 has no full run yet; chapters 1 and 2 have"),
+        (["--chapter", "4"], "chapter 4 has no full run yet; chapters 1, 2 and 3 have"),
         (["--table", "shop.ratings"], "'shop.ratings' is not a BigQuery table's name"),
         (["--table", "p.shop.ratings`; DROP TABLE x"], "is not a BigQuery table's name"),
         (["--table", "p.shop.ratings"], "no Google credentials to ask for the table's size"),

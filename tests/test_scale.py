@@ -36,6 +36,8 @@ def test_the_default_data_sets_exist():
     assert tuple(scale.DEFAULT_DATASET) == scale.SCALES
     for name, dataset in scale.DEFAULT_DATASET.items():
         scale.check(name, dataset)
+    for dataset in scale.MEDIUM_DATASET.values():
+        scale.check("medium", dataset)
 
 
 @pytest.mark.parametrize("name", ["", "Small", "large", None])

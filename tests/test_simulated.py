@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys_common.datasets import ITEMS_SCHEMA, RATINGS_SCHEMA, simulated
+from recsys_common.datasets import ITEMS_SCHEMA, RATINGS_SCHEMA, load, simulated
 
 ROOT = Path(__file__).resolve().parents[1]
 ML_100K = Path(os.environ.get("RECSYS_DATA_DIR") or ROOT.parent / "shared" / "data") / "ml-100k" / "u.data"
@@ -101,6 +101,14 @@ def test_titles_are_all_different_and_sequels_come_later(tables):
     assert len(sequels) > 300
     assert all(year[story, before[numeral]] < year[story, numeral] for story, numeral in sequels)
     assert all(1 <= len(set(g)) == len(g) <= 2 for g in tables.items["genres"].to_pylist())
+
+
+def test_a_stream_brings_the_same_ratings_a_part_at_a_time(tables):
+    streamed = load("simulated", rows=600_000, seed=1, stream=True)
+    assert streamed.ratings.num_rows == 0 and streamed.items.schema == ITEMS_SCHEMA
+    parts = list(streamed.stream())
+    assert len(parts) > 1 and pa.concat_tables(parts).equals(simulated.load(600_000, seed=1).ratings)
+    assert load("simulated", rows=100_000, seed=1, stream=True).items.equals(tables.items)
 
 
 def test_the_same_seed_gives_the_same_rows(tables):
