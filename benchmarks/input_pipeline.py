@@ -565,8 +565,8 @@ def orders(table: pa.Table, folder: Path, seed: int) -> dict[str, list[np.ndarra
     numbered = table.append_column("position", pa.array(np.arange(rows)))
     size = rows // 64
     by_time = [numbered.slice(begin, size) for begin in range(0, rows, size)]
-    both = [features.fingerprint_bucket(table[f"{kind}_id"].to_numpy(), 64, kind) for kind in ("user", "item")]
-    shard = sum(both).numpy() % 64
+    low = [signed_fingerprint(kind, table[f"{kind}_id"].to_numpy()) & 0x7FFFFFFF for kind in ("user", "item")]
+    shard = (low[0] * low[1] >> 24) % 64
     by_shard = [numbered.filter(pa.array(shard == number)) for number in range(64)]  # as export_rows.sql does
     found = {"none": [np.arange(rows)] * EPOCHS}
     buffer = tf.data.Dataset.range(rows).shuffle(10_000, seed=seed, reshuffle_each_iteration=True).batch(rows)
@@ -577,6 +577,11 @@ def orders(table: pa.Table, folder: Path, seed: int) -> dict[str, list[np.ndarra
         whole = np.concatenate([batch["position"][batch["weight"] > 0].numpy() for batch in dataset])
         found[name] = np.split(whole, EPOCHS)
     return found
+
+
+def signed_fingerprint(kind: str, ids: np.ndarray) -> np.ndarray:
+    """The lower 62 bits of FARM_FINGERPRINT(CONCAT('user', CAST(user_id AS STRING)))."""
+    return features.fingerprint_bucket(ids, 2**62, kind).numpy()
 
 
 def order_rows(folder: Path) -> list[dict]:

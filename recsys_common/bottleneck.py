@@ -77,7 +77,7 @@ def explain(
     plain = settings | {"features": None, "epochs": 10**6}
     rows = min(manifest.rows, settings.get("limit") or manifest.rows)
     large = max(batch_size, min(2**16, rows // input_pipeline.Worker.of(settings.get("worker", ONE)).count))
-    window = settings.get("window") or input_pipeline.WINDOW * manifest.rows_per_record
+    window = min(rows, settings.get("window") or input_pipeline.WINDOW * manifest.rows_per_record)
     seeded = settings.get("seed") is not None
     # As many files at once as the pipeline reads, and then, but for the shuffle, the same.
     together = input_pipeline.FILES_AT_ONCE if seeded else 1

@@ -13,7 +13,9 @@ SELECT
   ratings.rating,
   ratings.timestamp,
   ratings.split,
-  MOD(MOD(users.fingerprint, @shards) + MOD(items.fingerprint, @shards) + 2 * @shards, @shards) AS shard,
+  -- A product, not a sum: by a sum, which items a file has for a user would follow one rule for all users. 31 bits of
+  -- each, so that it fits; its middle bits depend on all of them.
+  MOD(((users.fingerprint & 0x7fffffff) * (items.fingerprint & 0x7fffffff)) >> 24, @shards) AS shard,
   IFNULL(
     ARRAY_AGG(items.item_index) OVER (
       PARTITION BY ratings.user_id
