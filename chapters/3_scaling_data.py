@@ -77,11 +77,10 @@ from recsys_common.input_pipeline import Worker
 # makes the run resumable is a small dictionary.
 #
 # ```python
-# settings = {"batch_size": BATCH_SIZE, "epochs": EPOCHS, "seed": SEED}
 # dataset = input_pipeline.batches(manifest, **settings)
-# steps = input_pipeline.steps_per_epoch(manifest, BATCH_SIZE)
-# state = input_pipeline.position(manifest, step=done, **settings)
-# again = input_pipeline.batches(manifest, **settings, start=state)
+# steps = input_pipeline.steps_per_epoch(manifest, BATCH_SIZE, limit=40 * BATCH_SIZE)
+# state = json.dumps(input_pipeline.position(manifest, step=done, **settings))
+# again = input_pipeline.batches(manifest, **settings, start=json.loads(state))
 # ```
 #
 # ## Files

@@ -23,7 +23,8 @@ from recsys_common import input_pipeline
 from recsys_common.record_batches import Manifest
 
 ONE = input_pipeline.Worker()
-ROUNDS = 3  # all parts are measured in turns, so that a noisy moment does not fall on one alone
+AHEAD = input_pipeline.BATCHES_AHEAD + 2
+ROUNDS = 2  # all parts are measured in turns, so that a noisy moment does not fall on one alone
 KNOBS = {
     "storage": "put the files nearer, on a faster disk or into memory, or store them compressed",
     "decode": "leave out columns that the model does not take (columns=), or store the files without compression",
@@ -76,7 +77,8 @@ def explain(
     settings = {name: value for name, value in settings.items() if name not in ("epochs", "start")}
     plain = settings | {"features": None, "epochs": 10**6}
     rows = min(manifest.rows, settings.get("limit") or manifest.rows)
-    large = max(batch_size, min(2**16, rows // input_pipeline.Worker.of(settings.get("worker", ONE)).count))
+    worker = input_pipeline.Worker.of(settings.get("worker", ONE))
+    large = max(batch_size, min(2**14, rows // (worker.count * worker.replicas)))
     window = min(rows, settings.get("window") or input_pipeline.WINDOW * manifest.rows_per_record)
     seeded = settings.get("seed") is not None
     # As many files at once as the pipeline reads, and then, but for the shuffle, the same.
@@ -104,7 +106,8 @@ def explain(
     for part, (dataset, size) in list(parts.items()) * ROUNDS:
         iterator, took, count = iter(dataset), 0.0, 0
         next(iterator)  # opens files, traces functions
-        least = 2 + (2 * window // large if part == "shuffle" else 0)  # two windows: the next is made meanwhile
+        # More than what waits already; of windows two, since the next one is made meanwhile.
+        least = {"model": 2, "shuffle": AHEAD + 2 * window // large}.get(part, AHEAD)
         start = time.perf_counter()
         while took < seconds / ROUNDS or count < least:
             next(iterator)

@@ -384,7 +384,7 @@ def test_a_table_is_looked_up_by_a_dry_run_that_the_embedded_service_answers(war
     assert rows == 1 and dry_run is None
     assert [config["dryRun"] for config in sent] == [True, True]
     assert "COUNTIF(rating IS NULL)" in sent[0]["query"]["query"]  # the statements themselves, as far as they read
-    assert "MOD(MOD(users.fingerprint" in sent[1]["query"]["query"] and "CREATE" not in sent[1]["query"]["query"]
+    assert "(users.fingerprint & 0x7fffffff)" in sent[1]["query"]["query"] and "CREATE" not in sent[1]["query"]["query"]
     warehouse.query("CREATE OR REPLACE TABLE other AS SELECT 1 AS user_id")
     with pytest.raises(ValueError, match=r"embedded\.recsys_common\.other: .*item_id"):
         costs.look_up(warehouse.client, "embedded.recsys_common.other")
