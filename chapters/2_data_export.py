@@ -302,7 +302,8 @@ print(len(session.streams), "streams:", *[stream.rsplit("/")[-1] for stream in s
 # %%
 made["packed"] = routes.export_packed(warehouse, "route_rows", f"{folder}/packed")
 read["packed"] = routes.read_packed(made["packed"])
-line = next(iter(tf.data.TextLineDataset(made["packed"][0], "GZIP"))).numpy()
+lines = tf.data.TextLineDataset(made["packed"][0], "GZIP").as_numpy_iterator()
+line = max(lines, key=lambda each: (len(each), each))
 print(f"{len(line):,} characters for one batch:", line[:70].decode(), "...")
 
 # %% [markdown]

@@ -171,6 +171,7 @@ axis.set(
     xlabel="seconds", ylabel="resident memory, MB", yscale="log", title="220 million rows in 1.5 GB"
 )
 axis.legend(fontsize=8, ncols=2)
+axis.margins(y=0.1)
 
 # %% [markdown]
 # Memory stays flat because nothing in the pipeline grows with the table: some files are open, a window of their rows is
@@ -357,11 +358,11 @@ quality[[*quality.columns.drop("NDCG@10"), "NDCG@10"]].round(3)
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.8), sharey=True, layout="constrained")
+axes[0].set_ylabel("where it is in the table")
 for axis, name in zip(axes, orders, strict=True):
     places = np.array(of.loc[f"order {name}: places", "series"])
     axis.scatter(np.arange(len(places)) / len(places), places / places.max(), s=1)
     axis.set(title=name, xlabel="when it is read", xticks=[0, 1], yticks=[0, 1])
-axes[0].set_ylabel("where it is in the table")
 
 # %% [markdown]
 # A buffer of rows moves each row by about its own size: the model still walks through the years, and forgets. Windows
