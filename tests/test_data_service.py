@@ -86,7 +86,7 @@ def test_a_dispatcher_that_is_started_again_goes_on_with_its_journal(service, jo
     assert (arrivals([*first, *batches]) == 1).all()
 
 
-def test_a_killed_worker_takes_rows_with_it_and_its_successor_lets_the_epoch_end(service, by_file):
+def test_no_row_of_a_killed_worker_comes_twice_and_its_successor_lets_the_epoch_end(service, by_file):
     """At most once: what it had been given and had not delivered never comes. One at its port takes its place."""
     batches = iter(remote(by_file, Mode.DYNAMIC, service))
     first = [next(batches) for _ in range(8)]
@@ -97,7 +97,8 @@ def test_a_killed_worker_takes_rows_with_it_and_its_successor_lets_the_epoch_end
     assert service.workers[-1].port == lost.port
     count = arrivals([*first, *batches])
     assert count.max() == 1
-    assert BATCH <= (count == 0).sum() < ROWS / 2
+    # How many never come depends on what was under way: on a busy machine none. benchmarks/data_service.json has more.
+    assert (count == 0).sum() < ROWS / 2
 
 
 def test_a_server_that_does_not_start_says_why():
