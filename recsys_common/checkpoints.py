@@ -22,10 +22,13 @@ Needs: embeddings.py
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
+import fcntl
 import io
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -43,8 +46,8 @@ from recsys_common.embeddings import read_rows
 VERSION = 1
 CONTENT = "checkpoint.json"
 FOLDER = re.compile(r"step-(\d{9,})")
-SLICE_BYTES = 2**23  # four of them are in memory at once
-SYNC_BYTES = 2**28  # so that the disk works while the next bytes are read and hashed, and not only at the end
+SLICE_BYTES = 2**23  # of a table, read at once
+BLOCK_BYTES, WRITES = 2**23, 2  # whole pages, written so many at a time
 
 
 def variables(objects: dict[str, tf.Module | tf.keras.layers.Layer]) -> dict[str, tf.Variable]:
@@ -288,35 +291,82 @@ def _slices(about: dict) -> list[tuple[int, int]]:
 
 
 def _write(path: Path, variable: tf.Variable) -> dict:
-    """Write one file; while a thread hashes and writes a slice, the next one is read. Returns its entry."""
+    """Write one file; while threads write slices, the next one is read. Returns its entry."""
     about, header = _about(variable), io.BytesIO()
     descr = np.lib.format.dtype_to_descr(_dtypes(about)[1])
     shape = {"descr": descr, "fortran_order": False, "shape": tuple(about["shape"])}
     np.lib.format.write_array_header_1_0(header, shape)
-    size, crc, unsynced, syncing = 0, 0, 0, None
-
-    def put(block: bytes | np.ndarray) -> None:
-        nonlocal size, crc, unsynced, syncing
-        stream.write(block)
-        size, unsynced, crc = size + len(block), unsynced + len(block), google_crc32c.extend(crc, block)
-        if unsynced >= SYNC_BYTES and (syncing is None or syncing.done()):
-            unsynced, syncing = 0, syncer.submit(os.fdatasync, stream.fileno())
-
-    with open(path, "wb") as stream, ThreadPoolExecutor(1) as syncer, ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(put, header.getvalue())
-        slices = _slices(about)
+    slices = _slices(about)
+    with _Stream(path) as stream:
+        stream.write(np.frombuffer(header.getvalue(), np.uint8))
         for begin, end in slices:
             values = read_rows(variable, begin, end) if len(slices) > 1 else variable
-            block = np.ascontiguousarray(values.numpy()).reshape(-1).view(np.uint8)
-            block.flags.writeable = False  # or google_crc32c would not take it
-            writing.result()
-            writing = pool.submit(put, block)
-        writing.result()
-        if syncing:
-            syncing.result()
-        stream.flush()
-        os.fsync(stream.fileno())
-    return {"file": path.name, **about, "bytes": size, "crc32c": crc}
+            stream.write(np.ascontiguousarray(values.numpy()).reshape(-1).view(np.uint8))
+    return {"file": path.name, **about, "bytes": stream.size, "crc32c": stream.crc}
+
+
+class _Stream:
+    """A new file, written past the page cache where the system can; `size` and `crc` are those of its bytes.
+
+    Through the page cache the kernel copies each byte and writes it back in threads of its own: with two cores, half
+    of the disk's speed. Direct writes need memory and lengths of whole pages, hence the blocks.
+    """
+
+    def __init__(self, path: Path):
+        self.size, self.crc, self._filled, self._number = 0, 0, 0, 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._direct(True)
+        self._blocks = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(WRITES + 1)]
+        self._pool, self._pending = ThreadPoolExecutor(WRITES), collections.deque()
+
+    def __enter__(self):
+        return self
+
+    def write(self, values: np.ndarray) -> None:
+        """Append bytes."""
+        while len(values):
+            part, values = np.split(values, [BLOCK_BYTES - self._filled])
+            self._blocks[self._number][self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled == BLOCK_BYTES:
+                self._put()
+
+    def _put(self) -> None:
+        block = self._blocks[self._number][: self._filled]
+        block.flags.writeable = False  # or google_crc32c would not take it
+        self.crc = google_crc32c.extend(self.crc, block)
+        self._pending.append(self._pool.submit(self._at, block, self.size))
+        self.size, self._filled, self._number = self.size + len(block), 0, (self._number + 1) % len(self._blocks)
+        if len(self._pending) == len(self._blocks):
+            self._pending.popleft().result()  # its block is the next to be filled
+
+    def _at(self, block: np.ndarray, begin: int) -> None:
+        done = 0
+        with contextlib.suppress(OSError):  # of a file system that wants other lengths, or has room for a part of it
+            done = os.pwrite(self._file.fileno(), block, begin)
+        while done < len(block):
+            self._direct(False)  # and now an error is the disk's
+            done += os.pwrite(self._file.fileno(), block[done:], begin + done)
+
+    def __exit__(self, kind, *_):
+        try:
+            while self._pending:
+                self._pending.popleft().result()
+            if kind is None:
+                self._direct(False)  # the rest is no whole page
+                self._put()
+                self._pending.popleft().result()
+                os.fsync(self._file.fileno())
+        finally:
+            self._pool.shutdown()
+            self._file.close()
+
+    def _direct(self, on: bool) -> None:
+        """Past the page cache or not, where there is such a choice: Linux, and not every file system."""
+        if hasattr(os, "O_DIRECT"):
+            flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._file, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
 
 def _read(path: Path, entry: dict, variable: tf.Variable, target: np.ndarray | None = None) -> None:
