@@ -71,6 +71,8 @@ def variables(objects: dict[str, tf.Module | tf.keras.layers.Layer]) -> dict[str
             queue.extend((f"{path}/part_{number}", piece) for number, piece in enumerate(part.variables))
         else:
             children = tf.train.TrackableView.children(part)
+            if hasattr(part, "_random_generator"):  # tf-keras leaves it out, and dropout would begin anew
+                children = {**children, "_random_generator": part._random_generator}
             queue.extend((f"{path}/{quote(name, safe=' ')}", child) for name, child in children.items())
     return found
 
@@ -133,6 +135,28 @@ def save(folder: str | os.PathLike, objects: dict, state: dict, *, keep: int = 3
     return final
 
 
+@contextlib.contextmanager
+def alone(folder: str | os.PathLike) -> Iterator[None]:
+    """Within it no other process of this machine gets the folder: each would delete what the other is writing.
+
+    The system gives the folder free when the process ends, however it ends.
+
+    Raises:
+      BlockingIOError: another process has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = f"{folder}: another process trains in it. Wait until it has ended, or take another folder."
+            raise BlockingIOError(error.errno, what) from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def latest(folder: str | os.PathLike) -> Path | None:
     """The checkpoint in a folder that has the most steps; None if there is none."""
     found = _checkpoints(Path(folder))
@@ -183,18 +207,21 @@ def restore(path: str | os.PathLike, objects: dict) -> dict:
     return found["state"]
 
 
-def warm_start(path: str | os.PathLike, objects: dict, ids: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+def warm_start(
+    path: str | os.PathLike, objects: dict, ids: dict[str, tuple[np.ndarray, np.ndarray]], oov_rows: int = 1
+) -> dict:
     """Begin with what a checkpoint knows although its tables have other rows: for daily training on new ids.
 
     Rows go where their id is now, and the rows of the optimizer's slots with them. A row whose id is new keeps the
-    values that it has, a row whose id is gone is left out. Row 0, for ids that training never saw, stays row 0. All
-    else must fit as in `restore`; the optimizer's iterations come along, so that its bias corrections stay right, and
-    its learning rates do not: they are those that it has here.
+    values that it has, a row whose id is gone is left out. The rows before them, for ids that training never saw, stay
+    where they are. All else must fit as in `restore`; the optimizer's iterations come along, so that its bias
+    corrections stay right, and its learning rates do not: they are those that it has here.
 
     Args:
       objects: as for `restore`.
-      ids: of each table with other rows, by its name: the ids of rows 1 to n in the checkpoint, and those of the rows
-        here, numbers or strings.
+      ids: of each table with other rows, by its name: the ids of its rows in the checkpoint, and of those here,
+        numbers or strings, from row `oov_rows` on.
+      oov_rows: rows at the head of these tables, for ids out of the vocabulary: the config's data.oov_buckets.
 
     Returns:
       {table: {"kept": rows, "new": rows, "gone": rows}}
@@ -207,15 +234,16 @@ def warm_start(path: str | os.PathLike, objects: dict, ids: dict[str, tuple[np.n
     wanted, found["variables"] = _without_rates(variables(objects)), _without_rates(found["variables"])
     moved, rows_of, report = {}, {}, {}
     for table, (old, new) in ids.items():
-        target = _targets(table, np.asarray(old), np.asarray(new))
+        target = _targets(table, np.asarray(old), np.asarray(new), oov_rows)
         for name, variable in wanted.items():
             words = f"{name}/{variable.name.partition(':')[0]}".split("/")
-            if table in words and variable.shape[:1] == [len(new) + 1]:
-                moved[name], rows_of[name] = target, len(old) + 1
+            if table in words and variable.shape[:1] == [oov_rows + len(new)]:
+                moved[name], rows_of[name] = target, oov_rows + len(old)
         if not any(moved.get(name) is target for name in wanted):
             there = ", ".join(f"{name} {variable.shape.as_list()}" for name, variable in wanted.items())
-            raise ValueError(f"table {table!r}: none of {len(new) + 1:,} rows (row 0 and the ids); there are {there}")
-        kept = int((target > 0).sum())
+            expected = f"{oov_rows + len(new):,} rows ({oov_rows:,} for unknown ids, and the ids)"
+            raise ValueError(f"table {table!r}: none of {expected}; there are {there}")
+        kept = int((target >= oov_rows).sum())
         report[table] = {"kept": kept, "new": len(new) - kept, "gone": len(old) - kept}
     for name, entry in _fitting(path, found, objects, wanted, rows_of).items():
         _read(path / entry["file"], entry, wanted[name], moved.get(name))
@@ -252,18 +280,19 @@ def _fitting(path: Path, found: dict, objects: dict, wanted: dict, rows_of: dict
     return saved
 
 
-def _targets(table: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Where each row of the checkpoint goes: [1 + old ids], -1 for nowhere."""
+def _targets(table: str, old: np.ndarray, new: np.ndarray, oov_rows: int) -> np.ndarray:
+    """Where each row of the checkpoint goes: [oov_rows + old ids], -1 for nowhere."""
     order = np.argsort(new, kind="stable")
     ordered = new[order]
-    target = np.full(len(old) + 1, -1, np.int32 if len(new) < 2**31 - 1 else np.int64)
-    target[0] = 0
+    target = np.full(oov_rows + len(old), -1, np.int32 if oov_rows + len(new) < 2**31 else np.int64)
+    target[:oov_rows] = range(oov_rows)
     for begin in range(0, len(old) if len(new) else 0, 2**20):
         part = old[begin : begin + 2**20]
         place = np.minimum(np.searchsorted(ordered, part), len(new) - 1)
-        target[begin + 1 : begin + 1 + len(part)] = np.where(ordered[place] == part, order[place] + 1, -1)
-    there = np.sort(target[target > 0])
-    twice = [*ordered[1:][ordered[1:] == ordered[:-1]], *new[there[1:][there[1:] == there[:-1]] - 1]]
+        first = oov_rows + begin
+        target[first : first + len(part)] = np.where(ordered[place] == part, order[place] + oov_rows, -1)
+    there = np.sort(target[target >= oov_rows])
+    twice = [*ordered[1:][ordered[1:] == ordered[:-1]], *new[there[1:][there[1:] == there[:-1]] - oov_rows]]
     if twice:
         raise ValueError(f"table {table!r}: id {twice[0]} is there twice; each row needs an id of its own")
     return target

@@ -34,13 +34,13 @@ import re
 import reprlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
 
-from recsys_common.declared_features import KINDS, Declared, Features, History, Name, Rows, Section, field
+from recsys_common.declared_features import KINDS, Declared, Features, History, Name, NotNegative, Rows, Section, field
 from recsys_common.plain_yaml import read, written
 
 Count = Annotated[int, Field(ge=1, le=2**53)]
@@ -66,12 +66,10 @@ class Data(Section):
 class Model(Section):
     """The model. An architecture adds its own fields, in a subclass `Parameters`."""
 
-    architecture: Text = field(
-        "matrix_factorization", "module of recsys_common.models, or one of your own: package.module"
-    )
+    architecture: Text = field("matrix_factorization", "module of recsys_common.models, or your own: package.module")
     embedding_dim: Annotated[int, Field(ge=1, le=2**16)] = field(32, "numbers in a row of a table")
     embedding_dtype: Literal["float32", "bfloat16"] = field("float32", "of the stored rows of a table")
-    embedding_initial: float = field(0.05, "rows begin uniform from minus this to this; 0: zeros", ge=0)
+    embedding_initial: NotNegative = field(0.05, "rows begin uniform from minus this to this; 0: zeros")
 
 
 class Optimizer(Section):
@@ -81,7 +79,7 @@ class Optimizer(Section):
     learning_rate: Positive = field(0.01, "of tables, after warm-up and before decay")
     second_moment: Literal["element", "row"] = field("element", "of lazy_adam: one for each number, or one for a row")
     correct_skipped: bool = field(False, "of lazy_adam: make up for the steps that did not touch a row")
-    weight_decay: float = field(0.0, "times learning rate and row, what a step takes off a row that it touches", ge=0)
+    weight_decay: NotNegative = field(0.0, "times learning rate and row, what a step takes off a row that it touches")
     clip_norm: Positive | None = field(None, "largest norm of a variable's gradient; null: no limit")
     dense_name: Literal["adam", "adagrad"] = field("adam", "of dense layers")
     dense_learning_rate: Positive | None = field(None, "of dense layers; null: that of tables")
@@ -161,7 +159,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
 
-    def __init__(self, **sections):
+    def __init__(self, /, **sections):  # a file may have the key `self` too
         try:
             super().__init__(**sections)
         except ValidationError as error:
@@ -175,7 +173,8 @@ class Config(Section):
             return value  # which is refused as such
         architecture = value.get("architecture", Model().architecture)
         # By way of JSON, where a list may stand for the tuple of an architecture's field.
-        return parameters(architecture).model_validate_json(json.dumps(value))
+        # What JSON has not, such as a NumPy integer, becomes a list of its name, which is refused.
+        return parameters(architecture).model_validate_json(json.dumps(value, default=lambda each: [repr(each)]))
 
     @classmethod
     def default(cls, scale: str) -> Config:
@@ -271,12 +270,18 @@ class Config(Section):
 
     @classmethod
     def json_schema(cls, architecture: str | None = None) -> dict:
-        """JSON Schema (2020-12) for editors. Without an architecture, the section `model` may have any fields."""
+        """JSON Schema (2020-12) for editors. Without an architecture, the section `model` may have any fields.
+
+        It takes what `parse` takes, and what JSON Schema cannot tell: 2.0 for an integer, a fault of two fields.
+        """
         if architecture:
-            cls = create_model("Config", __base__=cls, model=(parameters(architecture), field({}, "")))
+            cls = create_model("Config", __base__=cls, model=(parameters(architecture), field({}, "its own fields")))
         schema = cls.model_json_schema()
-        if not architecture:
-            schema["$defs"]["Model"]["additionalProperties"] = True
+        model = schema["$defs"][schema["properties"]["model"]["$ref"].rpartition("/")[2]]
+        model["additionalProperties"] = not architecture
+        if architecture:
+            model["properties"]["architecture"]["const"] = architecture
+            model.setdefault("required", []).extend(["architecture"] * (architecture != Model().architecture))
         return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
     def build(self, frequency=None):
@@ -392,8 +397,14 @@ def _valid(tree: dict) -> dict[str, str]:
     return valid
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    return difflib.get_close_matches(name, names, 1, 0)[0]
+def _nearest(path: str, paths: Iterable[str]) -> str:
+    """The one with the most similar last name; one of the same section is nearer."""
+
+    def similar(other: str) -> float:
+        (section, _, name), (its_section, _, its_name) = path.rpartition("."), other.rpartition(".")
+        return difflib.SequenceMatcher(None, its_name, name).ratio() + 0.2 * (its_section == section)
+
+    return max(paths, key=similar)
 
 
 def _explained(error: ValidationError, tree: dict) -> str:
@@ -410,9 +421,7 @@ def _explained(error: ValidationError, tree: dict) -> str:
         if kind.startswith("union_tag"):
             path, found, message = f"{path}.kind", found.get("kind"), f"one of {', '.join(KINDS)}"
         if kind in ("extra_forbidden", "invalid_key"):
-            beside = [each for each in valid if each.rpartition(".")[0] == path.rpartition(".")[0]]
-            elsewhere = [each for each in valid if each.rpartition(".")[2] == place[-1]]
-            message = f"no such field (nearest: {_nearest(path, elsewhere or beside or [*valid])})"
+            message = f"no such field (nearest: {_nearest(path, valid)})"
         elif kind == "missing":
             message = f"missing{what}"
         elif kind not in ("value_error", "assertion_error"):  # what a validator says stands as it is
@@ -432,7 +441,7 @@ def _described(section: Section | Features, tree: dict, indent: str = "") -> Ite
             yield f"{indent}{name}:"
             yield from _described(value, tree[name], indent + "  ")
         else:
-            yield f"{indent}# {type(section).model_fields[name].description}"
+            yield textwrap.indent(type(section).model_fields[name].description or "", f"{indent}# ", lambda line: True)
             yield textwrap.indent(written({name: tree[name]}), indent).rstrip("\n")
 
 

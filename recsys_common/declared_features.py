@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 Rows = Annotated[int, Field(ge=1, lt=2**31)]
+NotNegative = Annotated[float, Field(ge=0), AfterValidator(abs)]  # -0.0 becomes 0.0: one value, one hash
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
 REFUSED = ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear")
 
@@ -96,9 +97,11 @@ class Features(dict):
                     f"{path}: found kind {feature.kind}, but `weight` is that of rows: expected kind weight"
                 )
             layout = (owner is None, feature.length if history else None)
-            if columns.setdefault(feature.column, (layout, path))[0] != layout:
-                other = columns[feature.column][1]
-                raise ValueError(f"{path}.column: {feature.column!r} is of another type or length in {other}")
+            # Beside a list's column the pipeline puts its lengths.
+            for column, form in ((feature.column, layout), (f"{feature.column}_length", "lengths"))[: 1 + history]:
+                if columns.setdefault(column, (form, path))[0] != form:
+                    other = columns[column][1]
+                    raise ValueError(f"{path}.column: {column!r} is of another type or length in {other}")
             if owner not in (name, None):
                 self._check_shared(path, feature, owner)
             elif feature.kind == "hash" and not feature.rows:
@@ -220,6 +223,6 @@ for _method in REFUSED:
     setattr(Features, _method, Features._refuse)
 Declared = Annotated[
     dict[Name, Annotated[Index | Hash | History | Number, Field(discriminator="kind")]],
-    Field(min_length=1),
+    Field(min_length=1, json_schema_extra={"additionalProperties": False}),  # names that do not match the pattern
     AfterValidator(Features),
 ]

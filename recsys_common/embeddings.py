@@ -29,7 +29,7 @@ class Table:
     """Rows of numbers that are learned, one for each id.
 
     Raises:
-      ValueError: no row, no column, a negative `initial`, an unknown combiner or dtype.
+      ValueError: no row, no column, or not an integer of them; a negative `initial`, an unknown combiner or dtype.
     """
 
     name: str  # of the variable; also what its initial rows depend on
@@ -41,8 +41,8 @@ class Table:
 
     def __post_init__(self):
         for name, found, fits, expected in (
-            ("rows", self.rows, self.rows >= 1, "1 or more"),
-            ("dim", self.dim, self.dim >= 1, "1 or more"),
+            ("rows", self.rows, hasattr(self.rows, "__index__") and self.rows >= 1, "an integer, 1 or more"),
+            ("dim", self.dim, hasattr(self.dim, "__index__") and self.dim >= 1, "an integer, 1 or more"),
             ("combiner", self.combiner, self.combiner in ("sum", "mean", "sqrtn"), "sum, mean or sqrtn"),
             ("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("initial", self.initial, self.initial >= 0, "0 or more"),
@@ -76,7 +76,8 @@ def create(table: Table, seed: int = 0, slice_rows: int = 1 << 20) -> tf.Variabl
 
     with tf.init_scope():
         variable = tf.Variable(zeros, name=table.name, dtype=table.dtype, shape=[table.rows, table.dim])
-        for begin in range(0, table.rows if table.initial else 0, slice_rows):
+        drawn = table.initial and not getattr(variable, "shapes_only", False)  # of tpu.shapes_only: no memory to fill
+        for begin in range(0, table.rows if drawn else 0, slice_rows):
             end = min(begin + slice_rows, table.rows)
             write_rows(variable, begin, initial_rows(table, seed, begin, end))
     return variable
@@ -97,8 +98,14 @@ def write_rows(variable: tf.Variable, begin: int, rows: tf.Tensor) -> None:
     Args:
       variable: [rows, ...]; of a mirrored variable every copy is written.
       rows: [n, ...] of the variable's dtype, or NumPy.
+
+    Raises:
+      IndexError: the variable has no such rows.
+      ValueError: rows of another shape, which TensorFlow would repeat where they are too few numbers.
     """
     rows, at = tf.convert_to_tensor(rows, variable.dtype), 0
+    if rows.shape[1:] != variable.shape[1:]:
+        raise ValueError(f"{variable.name}: rows are of shape {rows.shape}, expected {[None, *variable.shape[1:]]}")
     for piece, a, b in _pieces(variable, begin, begin + rows.shape[0]):
         for copy in getattr(piece, "values", [piece]):
             tf.raw_ops.ResourceStridedSliceAssign(
@@ -142,7 +149,8 @@ class Embeddings(tf.keras.layers.Layer):
 
         An int [B] gives rows. A padded int [B, L] with `<feature>_length` int [B] beside it (of each row the last
         `length` ids count), or a RaggedTensor [B, None], is a history: its rows are combined as its table says, an
-        empty one to zeros. Training touches no row for padding. A RaggedTensor saves the look-ups of padding; XLA
+        empty one to zeros. Training touches no row for padding, but row 0 in a batch of nothing else: its gradient is
+        0, which LazyAdam's momentum and weight decay still move. A RaggedTensor saves the look-ups of padding; XLA
         (jit_compile=True) needs the padded form, whose shapes are static: its tf.unique, by which tf-keras sums
         duplicate ids, takes the padding of a dynamic shape for ids.
 

@@ -123,6 +123,7 @@ def explained(error: BaseException | str, model=None, dataset=None) -> str | Non
     if found is None:
         return None
     (_, cause, mend), place = found, _place(error)
+    dataset = dataset if hasattr(dataset, "element_spec") else None  # `fit` takes arrays and generators, too
     if found is KNOWN[0]:
         if hidden := re.search(r"automatically, but ran into an? (\w+: .*)", text, re.DOTALL):
             cause += f"\nHere it hid {hidden[1].strip()}"
@@ -170,7 +171,7 @@ def preflight(
 
     Args:
       model: compiled.
-      dataset: what `fit` will get; one batch of a fresh iterator is read.
+      dataset: the `tf.data.Dataset`, perhaps distributed, that `fit` will get; one batch of a fresh iterator is read.
       strategy: that the run will use; None for the model's own.
       steps: batches that the run will take from `dataset`, of all its epochs; None for all that there are.
       manifest: `record_batches.Manifest` of the files, where the dataset does not know its length.
@@ -187,13 +188,10 @@ def preflight(
         faults.append(f"model: of {own}, expected {strategy}. Make and compile it in strategy.scope().")
     if model.optimizer is None:
         faults.append("model: not compiled. Call model.compile(optimizer=...) first.")
-    elif (needed := sum(table.gb + table.slots_gb for table in tables)) > memory_gb > 0:
-        told = ", ".join(f"{table.name} {table.gb:.2f} + {table.slots_gb:.2f}" for table in tables)
-        wrong = f"{needed:.2f} GB (table + slots: {told}), expected {memory_gb:.2f} at most"
-        faults.append(f"memory: {wrong}. Take row-wise Adagrad (one slot a row), bfloat16, a smaller dim, or shard it.")
-    else:
+    elif _fit(tables, memory_gb, faults):
         true, place, columns = _traced(model, spec)
         tables = _tables(model, columns)
+        _fit(tables, memory_gb, faults)  # with those of layers that make their tables in the first step
         if true:
             faults.append(f"training step: {true}, at {place or 'no line of yours'}. Mend that line.")
         else:
@@ -218,6 +216,15 @@ def preflight(
     return Report({name: _kind(value) for name, value in _columns(spec).items()}, tables, memory_gb, warnings)
 
 
+def _fit(tables: list[TableMemory], memory_gb: float, faults: list[str]) -> bool:
+    needed = sum(table.gb + table.slots_gb for table in tables)
+    if needed > memory_gb > 0:
+        told = ", ".join(f"{table.name} {table.gb:.2f} + {table.slots_gb:.2f}" for table in tables)
+        wrong = f"{needed:.2f} GB (table + slots: {told}), expected {memory_gb:.2f} at most"
+        faults.append(f"memory: {wrong}. Take row-wise Adagrad (one slot a row), bfloat16, a smaller dim, or shard it.")
+    return not needed > memory_gb > 0
+
+
 def _check_for_tpu(spec: dict, ragged_fits: bool, faults: list[str], warnings: list[str]) -> None:
     for name, value in spec.items():
         dtype = value.dtype.name
@@ -237,7 +244,7 @@ def _check_values(batch: dict, tables: list[TableMemory], faults: list[str], war
         if table and value.shape.rank == 2 and f"{name}_length" in batch and not isinstance(value, tf.RaggedTensor):
             value = history(batch, name)  # padding is not looked up
         values = np.asarray(getattr(value, "flat_values", value))
-        if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+        if value.dtype.is_floating and not (finite := np.isfinite(values)).all():
             wrong = f"{np.sum(~finite):,} of {values.size:,} values are NaN or inf, expected none"
             faults.append(f"column {name!r}: {wrong}. Filter or fill them in SQL.")
         elif table and values.dtype.kind in "iu" and values.size and not 0 <= values.min() <= values.max() < table.rows:
@@ -350,13 +357,10 @@ def _kind(spec) -> str:
 def _tables(model: tf.keras.Model, columns: dict[int, tuple[str, ...]] | None = None) -> list[TableMemory]:
     """Tables with the slots that a copy of the optimizer builds on a few rows; columns by the variable's id(handle)."""
     few, found = 6, []
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    several = getattr(optimizer, "_optimizers_and_vars", [])  # tfrs.experimental.optimizers.CompositeOptimizer
     variables = [v for v in tf.train.TrackableView(model).descendants() if isinstance(v, tf.Variable) and v.trainable]
     for table in [variable for variable in variables if variable.shape.rank == 2]:
         a_row, (rows, dim) = 0, table.shape
-        if optimizer is not None:
-            copy = next((one for one, of in several if any(variable is table for variable in of())), optimizer)
+        if copy := _optimizer_of(table, model.optimizer):
             copy = type(copy).from_config(copy.get_config() | {"learning_rate": 0.0})  # a schedule is not always copied
             build = copy.build if hasattr(copy, "build") else copy._create_all_weights  # of tf.keras.optimizers.legacy
             build([tf.Variable(tf.zeros([few, dim], table.dtype))])
@@ -365,3 +369,13 @@ def _tables(model: tf.keras.Model, columns: dict[int, tuple[str, ...]] | None = 
         sizes = rows * dim * table.dtype.size / 1e9, rows * a_row / 1e9
         found.append(TableMemory(table.name.split(":")[0], rows, dim, table.dtype.name, of, *sizes))
     return sorted(found, key=lambda table: -table.rows)
+
+
+def _optimizer_of(table: tf.Variable, optimizer):
+    """The one that trains a table; None where that cannot be known before the first step."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not hasattr(optimizer, "_optimizers_and_vars"):  # of tfrs.experimental.optimizers.CompositeOptimizer
+        return optimizer
+    with contextlib.suppress(ValueError):  # a Sequential that was not called yet cannot list its variables
+        return next((one for one, of in optimizer._optimizers_and_vars if any(v is table for v in of())), None)
+    return None

@@ -3,9 +3,10 @@
     model.compile(optimizer=LazyAdam(1e-3))    # or RowWiseAdagrad, Adagrad: a step costs what the batch looked up
     check_sparse(model, dataset.element_spec)  # or the error that names what would make it cost the whole table
 
-In tf-keras only Adagrad and legacy SGD update a table by rows, and weight decay or EMA makes even these walk through
-all of it. Here the rows that a gradient's `tf.IndexedSlices` name are read, changed and written; the others stay as
-they XX
+In tf-keras Adagrad updates a table by rows, and so do legacy SGD, Adagrad, Adadelta, Adamax and Ftrl. Adam and the
+others walk through all of it, and weight decay or EMA makes Adagrad do so too. Here the rows that a gradient's
+`tf.IndexedSlices` name are read, changed and written; the others stay as they are.
+
 What holds for all three optimizers:
 
 - A variable with a dense gradient is updated in full by the same rule, so that one optimizer can train a whole model.
@@ -15,7 +16,7 @@ What holds for all three optimizers:
 - clip_norm scales the gradient of each variable, by itself, down to that norm. Of a table it is the norm over the
   touched rows, after duplicates are summed.
 - learning_rate may be a `tf.keras.optimizers.schedules.LearningRateSchedule`.
-- `row_slots`, the lists of slots in the variables' order, are what a checkpoint finds; `slots(variable)` are one's own.
+- A checkpoint finds the slots among the optimizer's variables; `slots(variable)` are one variable's own.
 
 Tables and dense layers by different optimizers, through TFRS:
 
@@ -198,7 +199,8 @@ class LazyAdam(_RowSparse):
 
         before (1). The moments are then those of dense Adam, and the row is close to its row: (3) takes one bias
         correction for the k steps, and today's learning rate. The batch itself still saw the row as it was, and a row
-        that is never touched again is never moved again. Takes 4 bytes a row, for its last step.
+        that is never touched again is never moved again. Takes 4 bytes a row, for its last step. Needs r < 1, or (3)
+        would grow without end, and an epsilon above 0, or it would divide 0 by 0 at a row's first touch.
       sum_inside_sqrt: divide by sqrt(v + epsilon^2), the TPU's default.
       weight_decay, clip_norm: see the top of this file.
 
@@ -212,6 +214,11 @@ class LazyAdam(_RowSparse):
     ):  # fmt: skip
         if second_moment not in ("element", "row"):
             raise ValueError(f"second_moment is {second_moment!r}, expected 'element' or 'row'")
+        if correct_skipped and not (beta_1**2 < beta_2 and epsilon > 0):
+            raise ValueError(
+                f"correct_skipped: beta_1 is {beta_1}, beta_2 {beta_2}, epsilon {epsilon}; expected beta_1 below "
+                "sqrt(beta_2), and epsilon above 0"
+            )
         super().__init__(
             name, learning_rate, weight_decay, clip_norm, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon,
             second_moment=second_moment, correct_skipped=correct_skipped, sum_inside_sqrt=sum_inside_sqrt,
@@ -439,13 +446,22 @@ def _blame(operation) -> str:
             cure = f"weight_decay of tf-keras {name} reaches every row; that of LazyAdam and RowWiseAdagrad does not"
         elif "_update_model_variables_moving_average" in methods:
             cure = f"use_ema of {name} averages every row; leave it out where there are tables"
+        elif ".constraint(" in _line(optimizer[-1]):
+            cure = "a constraint reads and writes every row; leave it out, or bound the rows that are looked up"
         else:
             cure = f"tf-keras {name} updates every row; take LazyAdam or RowWiseAdagrad for the tables"
     else:
-        frame = (own or frames)[-1]
-        line = f"in {frame.filename}, line {frame.lineno}: {linecache.getline(frame.filename, frame.lineno).strip()}"
+        # What Keras adds by itself has no line of one's own: Keras's then, rather than where TensorFlow makes any op.
+        frame = (own or [frame for frame in frames if not frame.filename.startswith(_LIBRARIES[0])] or frames)[-1]
+        line = f"in {frame.filename}, line {frame.lineno}: {_line(frame)}"
         cure = (
             "read rows by tf.nn.embedding_lookup (embeddings.lookup under a strategy), and leave the gradient the "
             "tf.IndexedSlices that it is: arithmetic on the whole table, or on a tensor made of its gradient, is dense"
         )
+        if "/Regularizer/" in operation.name:
+            cure = "embeddings_regularizer adds up every row; weight_decay of LazyAdam and RowWiseAdagrad does not"
     return f"operation {operation.name} ({operation.type}), made {line}\n    cure: {cure}"
+
+
+def _line(frame) -> str:
+    return linecache.getline(frame.filename, frame.lineno).strip()

@@ -129,7 +129,7 @@ class Run:
       model: trained; its tables are shards, whose rows `rows` joins.
       optimizer: with its moments.
       losses: float32 [steps], in the order in which the steps were handed out.
-      examples_per_second: of all workers, without the first tenth of the steps.
+      examples_per_second: of all workers, without the first tenth of the steps (of 1 step: with it).
       bytes_per_step: that went through the loopback device of this machine meanwhile; nan where Linux does not tell.
     """
 
@@ -150,11 +150,14 @@ def train(build: Callable, dataset: Callable, steps: int, cluster: LocalCluster 
       steps: of all workers together.
 
     Raises:
+      ValueError: no step.
       RuntimeError: a server, or the last worker, has ended.
     """
     import tensorflow as tf
 
-    with cluster.strategy.scope() if cluster else contextlib.nullcontext():
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected 1 or more")
+    with _explained(cluster), cluster.strategy.scope() if cluster else contextlib.nullcontext():
         model, optimizer = build()
         batch = next(iter(dataset(0, 1)))
         model.compute_loss(batch, training=True)  # which makes its variables
@@ -176,8 +179,8 @@ def train(build: Callable, dataset: Callable, steps: int, cluster: LocalCluster 
         choice, count = tf.data.Dataset.from_tensors(index).repeat(), len(cluster.processes["worker"])
         return tf.data.Dataset.choose_from_datasets([dataset(i, count) for i in range(count)], choice)
 
-    losses, first = [], -(-steps // 10)
-    with _explained(cluster) if cluster else contextlib.nullcontext():
+    losses, first = [], min(-(-steps // 10), steps - 1)
+    with _explained(cluster):
         batches = iter(cluster.coordinator.create_per_worker_dataset(share) if cluster else dataset(0, 1))
         for number in range(steps):
             if number == first:
@@ -229,15 +232,16 @@ def _check(cluster: LocalCluster, cause: Exception | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _explained(cluster: LocalCluster) -> Iterator[None]:
+def _explained(cluster: LocalCluster | None) -> Iterator[None]:
     """An error of TensorFlow's that has its cause in the end of a process is raised as one that says so."""
     import tensorflow as tf
 
     try:
         yield
     except tf.errors.OpError as error:
-        time.sleep(WAIT)  # the process may be about to end
-        _check(cluster, error)
+        if cluster:
+            time.sleep(WAIT)  # the process may be about to end
+            _check(cluster, error)
         raise
 
 

@@ -3,8 +3,9 @@
     written({"rate": 1e-07, "name": "1e-3"})      # rate: 1.0e-07, name: '1e-3'
     read("rate: 1e-3")                            # {"rate": 0.001}; PyYAML itself says "1e-3"
 
-Plain values are dicts, lists, strings, numbers, booleans and None. Which of them an unquoted word is goes by YAML 1.2:
-`1e-3` is a number, and `yes`, `1:30`, `010` and `2024-01-01` are strings. What is written is read the same by YAML 1.1.
+Plain values are dicts, lists, strings, numbers, booleans and None. An unquoted word is what YAML 1.2 says: `1e-3` is a
+number, `yes`, `1:30` and `2024-01-01` are strings. Two things differ: `010`, `0o17` and `0x1F`, of which YAML 1.1 and
+1.2 make different numbers, are strings, and `100_000` is a number. What is written is read the same by YAML 1.1.
 
 Needs: nothing else.
 """
@@ -59,7 +60,7 @@ def read(text: str):
     """
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError) as error:  # 9...9 of 5,000 digits; !!bool maybe
         raise ValueError(f"not YAML of plain values: {error}") from None
 
 

@@ -30,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ def train(
     Args:
       config: what to do; all of it decides whether a checkpoint is of this run.
       model: a `tfrs.Model` whose `compute_loss` sums over the rows of a batch; or a function that makes it, which is
-        called in the strategy's scope, with the random seed and the dtype policy of the config.
+        called in the strategy's scope, with the random seed and the dtype policy of the config. After a resume, layers
+        such as Dropout go on with their random numbers only if such a function made them.
       datasets: {"train": manifest}, and perhaps "validation", whose loss is then logged after each epoch.
       strategy: `tf.distribute` in one process, such as MirroredStrategy; None for one device. The config's batch size
         is that of a replica; losses and gradients are sums over the replicas.
@@ -94,7 +96,8 @@ def train(
 
     Raises:
       ValueError: the folder's checkpoint is of another config or other files, names what differs; a model of another
-        kind; early stopping without its metric.
+        kind; early stopping without its metric; what `errors.preflight` finds, before the first step of a new run.
+      BlockingIOError: another process trains in the folder.
       FloatingPointError: a loss or gradient is not finite. Names step, batch, and tables or columns. The step is not
         applied and not saved: the checkpoints are older.
       OSError: no room for a checkpoint; the earlier ones are whole.
@@ -102,25 +105,33 @@ def train(
     """
     if config.training.early_stopping and evaluate is None:
         raise ValueError(f"training.early_stopping: `evaluate` has to return {config.evaluation.metric}")
-    run = _Running(config, model, datasets, strategy or tf.distribute.get_strategy(), Path(folder), evaluate)
-    with _sigterm() as asked, errors.decoding(run.model, run.dataset):
-        return run.until(asked, initialise)
+    with checkpoints.alone(folder):
+        run = _Running(config, model, datasets, strategy or tf.distribute.get_strategy(), Path(folder), evaluate)
+        if not run.latest:
+            for text in errors.preflight(run.model, run.dataset, run.strategy, steps=run.total).warnings:
+                warnings.warn(text, stacklevel=2)
+        with _sigterm() as asked, errors.decoding(run.model, run.dataset):
+            return run.until(asked, initialise)
 
 
 class _Running:
     """A run: what `train` was given, what follows from it, and how far it is."""
 
     def __init__(self, config, model, datasets, strategy, folder, evaluate):
-        self.config, self.manifest, self.validation = config, datasets["train"], datasets.get("validation")
+        self.config, self.manifest = config, datasets["train"]
         self.strategy, self.folder, self.evaluate, self.size = strategy, folder, evaluate, config.training.batch_size
         self.order = {"epochs": config.training.epochs, "seed": config.seed, "remainder": config.training.remainder}
         self.order |= {"window": config.data.window, "limit": config.data.limit}
         self.latest = checkpoints.latest(folder / "checkpoints")
         self.state = self._comparable() if self.latest else {}
-        self.workers = []  # of each input pipeline its share, as the strategy deals them out
+        self.validation, self.workers = None, []  # workers: of each input pipeline its share, as the strategy deals
         self.dataset = self._distributed(self.manifest, self.state.get("position", 0))
         self.steps = self._steps(self.manifest, self.order["limit"])
         self.total = self.steps * config.training.epochs
+        if validation := datasets.get("validation"):  # now, so that what is wrong with it does not cost an epoch
+            dataset = self._distributed(validation, epochs=1, seed=None, limit=None)
+            self.validation = dataset, tf.constant(self._steps(validation, None))
+        tf.keras.backend.experimental.enable_tf_random_generator()  # dropout's state is a variable, for checkpoints
         with strategy.scope():
             self.model = made(config, model)
             self.optimizer = optimizer(config, self.model, self.total)
@@ -201,15 +212,14 @@ class _Running:
     def _begin(self, initialise) -> None:
         """Restore, or initialise; and cut the log back to the checkpoint, since the steps after it come again."""
         path, state = self.folder / "metrics.jsonl", self.state
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.latest:
             checkpoints.restore(self.latest, self.objects)
         else:  # of a run that was killed before its first checkpoint
             shutil.rmtree(self.folder / "best", ignore_errors=True)
+            (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
         if initialise and not self.latest:
             initialise(self.objects)
             self.optimizer.optimizers[0].begin.assign(self.optimizer.iterations)
-        (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
         self.step, self.losses = state.get("step", 0), state.get("losses", [])
         self.evaluations, self.seconds = state.get("evaluations", []), state.get("seconds", 0.0)
         self.results, self.mark = [], time.perf_counter()
@@ -272,8 +282,7 @@ class _Running:
         """Evaluate; with early stopping, keep the model if it is the best so far."""
         line, metric = {"step": self.step, "epoch": self.step // self.steps}, self.config.evaluation.metric
         if self.validation:
-            dataset = self._distributed(self.validation, epochs=1, seed=None, limit=None)
-            count = tf.constant(self._steps(self.validation, None))
+            dataset, count = self.validation
             line["validation_loss"] = float(tf.reduce_mean(self.validate(iter(dataset), count)))
         if self.evaluate:
             line |= {name: float(value) for name, value in self.evaluate(self.model).items()}

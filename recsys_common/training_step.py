@@ -97,7 +97,7 @@ def made(config, model: tfrs.Model | Callable[[], tfrs.Model]) -> tfrs.Model:
             tf.keras.mixed_precision.set_global_policy(policy)
     elif mixed:
         raise ValueError("training.mixed_precision: layers take it when they are made, so give a function, not a model")
-    if type(model).train_step is not tfrs.Model.train_step:
+    if getattr(type(model), "train_step", None) is not tfrs.Model.train_step:
         raise ValueError(f"{type(model).__name__}: expected a tfrs.Model, whose step is all in `compute_loss`")
     return model
 

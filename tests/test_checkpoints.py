@@ -243,6 +243,20 @@ def test_rows_move_with_their_ids(tmp_path):
     assert now["optimizer/_iterations"] == 3
 
 
+def test_rows_of_unknown_ids_stay_where_they_are(tmp_path):
+    old = trained(users=6, items=4)
+    path = checkpoints.save(tmp_path, old, {"step": 3})
+    here = trained(users=7, items=4, steps=1, seed=7)
+    fresh, then = values(here), values(old)
+    ids = {"user": (np.array([50, 10, 40]), np.array([40, 60, 50, 70]))}
+    assert checkpoints.warm_start(path, here, ids, oov_rows=3) == {"user": {"kept": 2, "new": 2, "gone": 1}}
+    now = values(here)["model/rows/tables/user"]
+    was, new = then["model/rows/tables/user"], fresh["model/rows/tables/user"]
+    assert (now == np.stack([was[0], was[1], was[2], was[5], new[4], was[3], new[6]])).all()
+    with pytest.raises(ValueError, match=r"none of 5 rows [(]1 for unknown ids"):
+        checkpoints.warm_start(path, here, ids)
+
+
 def test_both_tables_grow_and_ids_may_be_strings(tmp_path):
     old = trained(users=40, items=30)
     path = checkpoints.save(tmp_path, old, {"step": 3})
@@ -291,6 +305,8 @@ def peak(call):
     call()
     return memory("VmHWM") - before
 
+mine = checkpoints.alone(sys.argv[1])
+mine.__enter__()
 module = tf.Module()
 module.table = create(Table("table", 3_200_000, 16))  # 204.8 MB
 objects = {"model": module}
@@ -314,6 +330,8 @@ def test_memory_stays_flat_and_a_kill_leaves_what_was_there(tmp_path, tell):
         deadline = time.monotonic() + 30
         while not (writing := list(tmp_path.glob("*.writing/*.npy"))) or writing[0].stat().st_size < 50_000_000:
             assert time.monotonic() < deadline
+        with pytest.raises(BlockingIOError, match=f"{tmp_path}: another process"), checkpoints.alone(tmp_path):
+            pass
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -321,7 +339,8 @@ def test_memory_stays_flat_and_a_kill_leaves_what_was_there(tmp_path, tell):
     assert saving < 0.2 * 205 and restoring < 0.2 * 205
     left = list(tmp_path.glob("*.writing"))
     assert len(left) == 1 and not (left[0] / "checkpoint.json").exists()
-    latest, module = checkpoints.latest(tmp_path), tf.Module()
+    with checkpoints.alone(tmp_path):  # free again
+        latest, module = checkpoints.latest(tmp_path), tf.Module()
     step = int(latest.name[5:])
     assert left[0].name == f"step-{step + 1:09d}.writing"
     module.table = tf.Variable(tf.zeros([3_200_000, 16]))

@@ -154,13 +154,21 @@ CASES = """
 """
 
 
-@pytest.fixture(scope="module")
-def told():
+@pytest.fixture(scope="module", autouse=True)
+def process():
+    """Of the script, beside the tests before those that wait for it."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", textwrap.dedent(CASES)]  # devices are split before TensorFlow has begun
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def told(process):
+    out, words = process.communicate(timeout=240)
+    assert process.returncode == 0, words
+    return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("optimizer", ["LazyAdam", "RowWiseAdagrad"])

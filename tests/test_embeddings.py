@@ -124,11 +124,21 @@ def test_rows_that_are_not_there(begin, end):
     assert not variable.numpy().any()
 
 
+@pytest.mark.parametrize("shape", [[2, 1], [2], [], [2, 3], [1, 2, 2]])
+def test_rows_of_another_shape_are_not_repeated(shape):
+    variable = tf.Variable(tf.zeros([10, 2]), name="small")
+    with pytest.raises(ValueError, match=re.escape(f"small:0: rows are of shape ({', '.join(map(str, shape))}")):
+        write_rows(variable, 4, np.ones(shape, np.float32))
+    assert not variable.numpy().any()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rows": 0}, "table 'item': rows is 0, expected 1 or more"),
+        ({"rows": 0}, "table 'item': rows is 0, expected an integer, 1 or more"),
+        ({"rows": 1e8}, "rows is 100000000.0, expected an integer"),
         ({"dim": 0}, "dim is 0"),
+        ({"dim": 16.0}, "dim is 16.0"),
         ({"combiner": "max"}, "combiner is 'max', expected sum, mean or sqrtn"),
         ({"dtype": "float16"}, "dtype is 'float16', expected float32 or bfloat16"),
         ({"initial": -1.0}, "initial is -1.0"),

@@ -119,6 +119,12 @@ def test_without_the_model_the_note_says_what_autograph_let_through():
     assert "Here it hid ValueError: Cannot reshape a tensor with 1 elements" in note and "steps_per_execution=1" in note
 
 
+def test_an_error_on_arrays_is_not_covered_by_one_of_the_decoder():
+    with pytest.raises(ValueError, match="'outputs' must be defined") as caught, errors.decoding(compiled("key"), {}):
+        compiled("key").fit({"item": np.zeros(64, np.int32)}, batch_size=8, verbose=0)
+    assert "Here it hid KeyError: 'user'" in caught.value.__notes__[0]
+
+
 def test_an_id_outside_its_table_names_table_and_line():
     note, _ = note_of(compiled(), data(ids=9), tf.errors.InvalidArgumentError)
     assert re.search(r"Here id 7, and the table of 7 rows is \S+/embeddings \(ids: item\)\.", note)
@@ -385,6 +391,14 @@ def test_all_faults_are_told_at_once():
     assert "training would end early at step 4 (the dataset), expected 5" in said[3]
 
 
+def test_a_label_that_is_nan_in_bfloat16():
+    rating = np.full(64, 0.5, np.float32)
+    rating[3] = np.nan
+    dataset = ratings(rating=rating).map(lambda batch: batch | {"rating": tf.cast(batch["rating"], tf.bfloat16)})
+    said = faults(scores(), dataset)
+    assert "column 'rating': 1 of 16 values are NaN or inf, expected none" in said[-1]
+
+
 def test_padding_is_no_id():
     history = np.full((64, 3), -1, np.int32)
     history[:, 2] = np.arange(64) % 50
@@ -450,6 +464,11 @@ def test_memory_is_added_up_before_it_is_taken():
     assert report.tables[0].gb == pytest.approx(0.032) and report.tables[0].slots_gb == pytest.approx(0.064)
     (said,) = faults(model, ratings(), memory_gb=0.05)
     assert "0.10 GB (table + slots: users 0.03 + 0.06, items 0.00 + 0.00), expected 0.05 at most" in said
+
+
+def test_memory_of_a_table_that_the_first_step_makes():
+    (said,) = faults(compiled(rows=10_000, optimizer=optimizers.LazyAdam()), data(), memory_gb=2e-4)
+    assert re.match(r"1\. memory: 0.00 GB \(table \+ slots: \S+/embeddings 0.00 \+ 0.00", said)
 
 
 def test_a_gradient_that_would_become_dense_is_a_fault():

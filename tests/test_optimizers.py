@@ -29,15 +29,17 @@ def steps(count=12, seed=0, rows=ROWS, batch=16, dim=DIM):
 
 
 def trained(optimizer, gradients, start, dtype="float32"):
-    """A table after these gradients, and its variable; one traced step for all."""
+    """A table after these gradients, all of one shape, and its variable."""
     variable = tf.Variable(tf.cast(start, dtype), name="table")
 
-    @tf.function(reduce_retracing=True)
-    def step(ids, values):
-        optimizer.apply_gradients([(tf.IndexedSlices(values, ids, tf.constant(start.shape)), variable)])
+    @tf.function  # with the loop in it: a call costs more than a step
+    def train(all_ids, all_values):
+        for step in tf.range(len(gradients)):
+            slices = tf.IndexedSlices(all_values[step], all_ids[step], tf.constant(start.shape))
+            optimizer.apply_gradients([(slices, variable)])
 
-    for ids, values in gradients:
-        step(tf.constant(ids), tf.constant(values, dtype))
+    all_ids, all_values = (np.stack(part) for part in zip(*gradients, strict=True))
+    train(tf.constant(all_ids), tf.constant(all_values, dtype))
     return tf.cast(variable, tf.float32).numpy(), variable
 
 
@@ -124,6 +126,13 @@ def test_rows_follow_the_equations_and_the_others_stay(kind, rule, shared, own):
         np.testing.assert_array_equal(
             slot.numpy()[untouched], np.broadcast_to(fresh, [len(untouched), *slot.shape[1:]])
         )
+
+
+def test_tables_can_be_left_out_of_weight_decay():
+    optimizer = RowWiseAdagrad(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["table"])
+    kept, plain = (trained(either, steps(), start_rows())[0] for either in (optimizer, RowWiseAdagrad(0.1)))
+    np.testing.assert_array_equal(kept, plain)
 
 
 @pytest.mark.parametrize("rows_dim", [(7, 4), (5, 1)])
@@ -253,6 +262,11 @@ def test_what_a_tpu_cannot_do(optimizer, message):
 def test_settings():
     with pytest.raises(ValueError, match="second_moment is 'col', expected 'element' or 'row'"):
         LazyAdam(second_moment="col")
+    for wrong in ({"beta_1": 0.9, "beta_2": 0.81}, {"beta_2": 0.5}, {"epsilon": 0.0}):
+        with pytest.raises(ValueError, match=r"correct_skipped: beta_1 is 0.9, .*expected beta_1 below sqrt\(beta_2\)"):
+            LazyAdam(correct_skipped=True, **wrong)
+        LazyAdam(**wrong)
+    LazyAdam(correct_skipped=True, beta_2=0.82)
     for optimizer in (
         LazyAdam(0.1, 0.5, correct_skipped=True, clip_norm=2.0),
         RowWiseAdagrad(0.2, 0.3, weight_decay=0.1),
@@ -429,12 +443,18 @@ print("mirrored equals single")
 """
 
 
-def test_two_replicas_equal_one():
+@pytest.fixture(scope="module", autouse=True)
+def mirrored():
+    """The script's process, beside the tests before the one that waits for it."""
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", MIRRORED], cwd=root, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.stdout == "mirrored equals single\n", done.stderr[-3000:]
+    with subprocess.Popen([sys.executable, "-c", MIRRORED], cwd=root, stdout=-1, stderr=-1, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_two_replicas_equal_one(mirrored):
+    told, words = mirrored.communicate(timeout=240)
+    assert told == "mirrored equals single\n", words[-3000:]
 
 
 @pytest.mark.parametrize("name", ["every option", "composite"])
@@ -527,6 +547,20 @@ def test_what_makes_a_step_dense_is_named(optimizer, model, told):
     assert model.optimizer is optimizer and int(optimizer.iterations) == 0
     assert not getattr(optimizer, "_built", False), "slots were made"
     np.testing.assert_array_equal(model.embeddings.tables["users"].numpy(), Model().embeddings.tables["users"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"embeddings_regularizer": "l2"}, r"in \S+regularizers.py, .*\n +cure: embeddings_regularizer adds up every"),
+        ({"embeddings_constraint": "non_neg"}, r"by optimizer LazyAdam .*\n +cure: a constraint reads and writes"),
+    ],
+)  # fmt: skip
+def test_what_keras_adds_to_a_table_is_named(option, told):
+    model = tf.keras.Sequential([tf.keras.layers.Embedding(50, 4, name="users", **option), tf.keras.layers.Dense(1)])
+    model.compile(LazyAdam(), loss="mse")
+    with pytest.raises(ValueError, match=r"table users/embeddings \(50 rows\): .*made " + told):
+        check_sparse(model, (tf.TensorSpec([8], tf.int32), tf.TensorSpec([8, 1])), at_least=50)
 
 
 class Warm(keras.schedules.LearningRateSchedule):

@@ -51,18 +51,32 @@ class Regression(training_step.tfrs.Model):
 
     def compute_loss(self, inputs, training=False):
         rows = self.rows(inputs)
-        predicted = self.dense(tf.concat([rows["user"], rows["item"]], 1))[:, 0]
+        predicted = self.top(tf.concat([rows["user"], rows["item"]], 1), training)[:, 0]
         return tf.reduce_sum((tf.cast(predicted, tf.float32) - inputs["rating"]) ** 2)
 
+    def top(self, rows, training):
+        return self.dense(rows)
 
-def export(folder, rows: int = ROWS, seed: int = 0) -> record_batches.Manifest:
+
+class Dropping(Regression):
+    """With dropout, whose random numbers have to go on after a resume."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.dense = tf.keras.Sequential([tf.keras.layers.Dropout(0.3), self.dense])
+
+    def top(self, rows, training):
+        return self.dense(rows, training=training)
+
+
+def export(folder, rows: int = ROWS, seed: int = 0, scale: float = 1) -> record_batches.Manifest:
     numbers = np.random.default_rng(seed)
     tables = [
         pa.table(
             {
                 "user_index": numbers.integers(1, USERS, rows // 4).astype("int32"),
                 "item_index": numbers.integers(1, ITEMS, rows // 4).astype("int32"),
-                "rating": numbers.random(rows // 4).astype("float32"),
+                "rating": (scale * numbers.random(rows // 4)).astype("float32"),
             }
         )
         for _ in range(4)
@@ -70,8 +84,8 @@ def export(folder, rows: int = ROWS, seed: int = 0) -> record_batches.Manifest:
     return record_batches.write(folder, tables, COLUMNS, rows_per_record=32)
 
 
-def trained(config: Config, manifest, folder, **options) -> training.Run:
-    return training.train(config, lambda: Regression(config), {"train": manifest}, folder=folder, **options)
+def trained(config: Config, manifest, folder, model=Regression, **options) -> training.Run:
+    return training.train(config, lambda: model(config), {"train": manifest}, folder=folder, **options)
 
 
 def log(folder) -> list[dict]:
@@ -200,6 +214,22 @@ def test_another_config_and_other_files_are_refused(manifest, finished, tmp_path
     other = export(tmp_path / "other", rows=1200)
     with pytest.raises(ValueError, match=r"trained on other files than \S+ has: 1,000 rows \(hash \w{12}\), now 1,200"):
         trained(config(epochs=1), other, finished)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(manifest, tmp_path):
+    with (
+        checkpoints.alone(tmp_path),
+        pytest.raises(BlockingIOError, match=f"{tmp_path}: another process trains in it. Wait"),
+    ):
+        trained(config(), manifest, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_that_cannot_be_read_does_not_cost_an_epoch(manifest, tmp_path):
+    datasets = {"train": manifest, "validation": export(tmp_path / "small", rows=20)}
+    with pytest.raises(ValueError, match=r"batch_size 32 is more than the 20 rows of \S+small: not one full batch"):
+        training.train(config(), lambda: Regression(config()), datasets, folder=tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_sigterm_is_heard_in_the_main_thread_alone_and_its_handler_goes():
@@ -354,22 +384,28 @@ def test_mixed_precision_and_xla(manifest, finished, tmp_path):
 
 
 def test_an_error_of_the_step_is_explained(manifest, tmp_path):
-    asked = config(steps_per_execution=4)
+    asked, zeros = config(steps_per_execution=4), export(tmp_path / "zeros", rows=64, scale=0)
 
     class Wrong(Regression):
+        """Ids that `preflight` cannot know, as they are made in the step."""
+
         def compute_loss(self, inputs, training=False):
             return super().compute_loss(inputs | {"user": inputs["user"] + USERS}, training)
 
-    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-        training.train(asked, lambda: Wrong(asked), {"train": manifest}, folder=tmp_path)
+    with (
+        pytest.warns(UserWarning, match=r"column 'rating' is 0\.0 in the whole batch"),
+        pytest.raises(tf.errors.InvalidArgumentError) as caught,
+    ):
+        training.train(asked, lambda: Wrong(asked), {"train": zeros}, folder=tmp_path / "wrong")
     assert "An id is outside its table" in "".join(caught.value.__notes__)
 
     class Missing(Regression):
         def compute_loss(self, inputs, training=False):
             return super().compute_loss(inputs | {"rating": inputs["raiting"]}, training)
 
-    with pytest.raises(Exception, match=r"(?s)test_training\.py.*KeyError: 'raiting'"):  # not a loop without `outputs`
-        training.train(asked, lambda: Missing(asked), {"train": manifest}, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"fail:\n1\. training step: KeyError: 'raiting'.* at \S*test_training\.py"):
+        training.train(asked, lambda: Missing(asked), {"train": manifest}, folder=tmp_path / "missing")
+    assert list((tmp_path / "missing").iterdir()) == []  # before anything was done
 
 
 # What takes a process of its own: kills, one thread, two devices ------------------------------------------
@@ -384,7 +420,7 @@ def child_train(folder: str) -> None:
     """Three epochs, until somebody kills this process."""
     one_thread()
     manifest = record_batches.Manifest.load(Path(folder) / "data")
-    trained(LONG, manifest, Path(folder) / "killed")
+    trained(LONG, manifest, Path(folder) / "killed", Dropping)
 
 
 def kill_within(lines: int, folder: Path, log_file: Path) -> None:
@@ -406,10 +442,10 @@ def child_compare(folder: str) -> None:
     log_file = folder / "killed" / "metrics.jsonl"
     killing = threading.Thread(target=kill_within, args=(random.SystemRandom().randint(25, 250), folder, log_file))
     killing.start()
-    alone = trained(LONG, manifest, folder / "alone")
+    alone = trained(LONG, manifest, folder / "alone", Dropping)
     killing.join()
     lines = log_file.read_bytes().count(b"\n")
-    again = trained(LONG, manifest, folder / "killed")
+    again = trained(LONG, manifest, folder / "killed", Dropping)
     same = losses(folder / "killed") == losses(folder / "alone")
     found["killed"] = [lines, same, weights(again) == weights(alone), [step for step, _ in losses(folder / "killed")]]
 

@@ -38,11 +38,13 @@ def build(config: Config, frequency=None) -> MatrixFactorization:
     """The model of a config; `frequency`, training rows of each item, is for log Q.
 
     Raises:
-      ValueError: no such features, or their rows are not known yet.
+      ValueError: no such features, both of one table, or their rows are not known yet.
     """
     own, tables = config.model, config.tables()
     if missing := {own.user, own.item} - set(tables):
         raise ValueError(f"model.user, model.item: {missing.pop()!r} is no feature with a table; there are {[*tables]}")
+    if tables[own.user] is tables[own.item]:
+        raise ValueError(f"model.user, model.item: {own.user!r} and {own.item!r} share a table; each needs its own")
     rows, frequency = (tables[own.user].rows, tables[own.item].rows), frequency if own.log_q else None
     how = {"dtype": own.embedding_dtype, "initial": own.embedding_initial}
     return MatrixFactorization(*rows, own.embedding_dim, frequency, config.seed, own.user, own.item, **how)
