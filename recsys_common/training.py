@@ -98,8 +98,8 @@ def train(
       ValueError: the folder's checkpoint is of another config or other files, names what differs; a model of another
         kind; early stopping without its metric; what `errors.preflight` finds, before the first step of a new run.
       BlockingIOError: another process trains in the folder.
-      FloatingPointError: a loss or gradient is not finite. Names step, batch, and tables or columns. The step is not
-        applied and not saved: the checkpoints are older.
+      FloatingPointError: a loss or gradient is not finite. Names step, batch, and tables or columns. What is not
+        finite is not applied, and nothing of the step is saved: the checkpoints are older.
       OSError: no room for a checkpoint; the earlier ones are whole.
       Others of the step pass with a note that explains them (errors.py).
     """
@@ -327,8 +327,9 @@ class _Running:
             f"step {done + 1:,}, epoch {done // self.steps + 1}: the loss is {seen[0]}; the gradients of "
             f"{', '.join(gradients) or 'none'} are not finite. The batch begins with {begins}. Not finite are:\n  "
             + "\n  ".join(found or ["none of its values, nor of what it reads of tables and layers"])
-            + "\nThe step was not applied. Leave such rows out in SQL, lower optimizer.learning_rate, set "
-            "optimizer.clip_norm, or find a division by 0: tf.debugging.enable_check_numerics() names it. "
+            + "\nWhat is not finite was not applied, and nothing of the step is saved. Leave such rows out in SQL, "
+            "lower optimizer.learning_rate, set optimizer.clip_norm, or find a division by 0: "
+            "tf.debugging.enable_check_numerics() names it. "
             + (f"{latest} is from before." if latest else "There is no checkpoint yet.")
         )
 

@@ -299,7 +299,7 @@ def test_a_nan_stops_the_run_and_names_step_batch_and_table(manifest, tmp_path):
     latest = checkpoints.latest(tmp_path / "checkpoints")
     assert latest.name == f"step-{(step - 1) // 10 * 10:09d}" and f"{latest} is from before" in message
     assert "FloatingPointError" not in message and caught.value.__notes__  # explained, by errors.py
-    # the step was not applied: what was finite is so still
+    # nothing that is not finite was applied: what was finite is so still
     assert np.isnan(poisoned[0].numpy()).sum() == 1
     for file in latest.glob("*.npy"):
         assert np.isnan(np.load(file)).sum() == (file.name == "model.rows.tables.user.npy"), file
