@@ -43,6 +43,9 @@ A cast, a reshape, a tf.keras.Input of another dtype or a changing batch size st
 ? (data type for TPU: string|string\S* is not a supported TPU infeed type|No registered '\w+' OpKernel for '?\w*TPU)
 A string or uint8 is in the batch or made in the step. A TPU takes neither, not even in a column that nothing uses.
 -> Leave the column out (`columns=` of input_pipeline.batches), or hash it, or cast it, on the host in Dataset.map.
+? Detected unsupported operations when trying to compile
+XLA has no such operation: strings, ragged tensors, hash tables, tf.py_function and the like are TensorFlow's alone.
+-> Do it on the host in Dataset.map, or in SQL, and hand the step its numbers.
 ? TPU has inputs with dynamic shapes|Dynamic concatenation is not supported|bounded dynamic|XlaSetDynamicDimensionSize
 Batches have no fixed shape (a smaller last batch, ragged rows), and a TPU program is compiled for one.
 -> batch(..., drop_remainder=True), and pad histories to one length (`lengths=` of input_pipeline.batches).

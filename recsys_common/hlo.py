@@ -19,7 +19,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
+SIZES = {"pred": 1, "bool": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 LEAF = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 LINE = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 # No byte moves: names for what is there already, or the end of what was counted at its start.
@@ -76,6 +76,8 @@ class Move:
 
 @dataclass
 class Instruction:
+    """A line of a computation."""
+
     name: str
     shapes: list[Shape]
     opcode: str
@@ -84,6 +86,7 @@ class Instruction:
     root: bool
 
     def attribute(self, key: str) -> str | None:
+        """The name of the computation that it calls as `key`."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.line)
         return found[1] if found else None
 
@@ -227,6 +230,35 @@ class Program:
                 count += shape.main
         sources = [str(there[name].shapes[0]) for name in one.operands if name in there]
         return count, what or f"{one.name.split('.')[0]}: {', '.join(sources[:3])} to {one.shapes[0]}"
+
+
+def compact(dims: tuple[int, ...], dtype: str) -> int:
+    """Bytes that a TPU keeps an argument of a program in: of all orders of its dimensions that with least padding.
+
+    Tiles are 8 sublanes by 128 lanes of 32 bits, four times as many sublanes of 8 bits; fewer than 8 rows have a tile
+    of 1, 2 or 4. So [1,000,000, 16] lies there as 16 rows of a million without padding, not as rows of 16 in 128 lanes.
+
+    Args:
+      dtype: as TensorFlow or XLA calls it, float32 or f32.
+    """
+    size = int(_size(re.sub(r"^(bf|f|u|s|c|int|float|uint|bfloat|complex)[a-z]*(?=\d)", _short, dtype)))
+    if len(dims) < 2:
+        length = math.prod(dims)
+        return (
+            math.ceil(length / 1024) * 1024 if length > 1024 else math.ceil(length / 128) * 128 if dims else 1
+        ) * size
+    best = math.inf
+    for sublane, rows in enumerate(dims):
+        for lane, columns in enumerate(dims):
+            if lane != sublane:
+                tile = 32 if size == 1 else min(8, 1 << max(0, rows - 1).bit_length())
+                others = math.prod(dims) // max(rows * columns, 1)
+                best = min(best, math.ceil(rows / tile) * tile * math.ceil(columns / 128) * 128 * others * size)
+    return best
+
+
+def _short(found: re.Match) -> str:
+    return {"bfloat": "bf", "float": "f", "int": "s", "uint": "u", "complex": "c"}.get(found[0], found[0])
 
 
 def _size(dtype: str) -> float:

@@ -2,38 +2,37 @@
 
     strategy = get_strategy("tpu")                       # or "cpu", "cpus:4", "gpu", the name of a TPU
 
-    with shapes_only():                                  # tables of any size, and no memory for them
+    with shapes_only():                                  # of lowering.py: tables of any size, and no memory for them
         model = MatrixFactorization(100_000_000, 1_000_000, dim=16)
         step = step_of(model, LazyAdam(1e-3))
-    report = aot_compile(step, [batch_spec], "v5e:1x1")  # by the real TPU compiler, here, without a TPU
+    report = aot_compile(step, [batch], "v5e:1x1")       # by the real TPU compiler, here, without a TPU
     print(report)
 
-    python -m recsys_common.tpu config.yaml --topology v5e:1x1 v6e:2x2 --set model.embedding_dim=128
+    python -m recsys_common.tpu config.yaml --rows user=100000000 item=1000000 --topology v5e:1x1 v6e:2x2
+    python -m recsys_common.tpu config.yaml --vary model.embedding_dim=16,64,128
 
 The step is lowered by TensorFlow and compiled by libtpu in a process of its own (tpu_compiler.py). The step time that a
 report gives is a lower bound, from the compiler's FLOPs, our count of bytes (hlo.py) and the chip's numbers
 (chips.json). On a slice the program is that of GSPMD: the batch is split among the chips, tables are on every chip, or
 with `split_tables` each chip has a share of their rows. TPUStrategy's own distribution, and tables on SparseCores by
-TPUEmbedding, are other programs: the compiler cannot be asked about those here (`sparse_core_bytes`).
+TPUEmbedding, are other programs, about which no compiler can be asked here: `sparse_core` models the latter.
 
-Needs: hlo.py tpu_compiler.py optimizers.py errors.py embeddings.py scale.py chips.json
+Needs: hlo.py tpu_compiler.py lowering.py optimizers.py errors.py embeddings.py scale.py chips.json
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
-import mmap
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +49,6 @@ ENVIRONMENT = {
     "TF_XLA_FLAGS": "--tf_mlir_enable_mlir_bridge=true --tf_mlir_enable_convert_control_to_data_outputs_pass=true "
     "--tf_mlir_enable_merge_control_flow_pass=true",
 }
-REFUSED = ("string", "uint8", "resource", "variant", "float64", "complex128")  # by a TPU, as an argument of a step
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Report:
     compiles: bool
     error: str = ""  # the compiler's, or ours, with the line of Python where it is known, and the mend
     seconds_to_compile: float = 0.0
+    device: str = ""  # what libtpu calls the chip
     chips: int = 1
     rows: int = 0  # of the batch, all chips together
     arguments: int = 0  # HBM bytes: tables, slots, dense layers and the batch, as stored
@@ -82,6 +81,11 @@ class Report:
     def hbm_bytes(self) -> int:
         """What the program needs."""
         return self.arguments + self.temporaries + self.outputs + self.code
+
+    @property
+    def fits(self) -> bool:
+        """It compiles, and the chip has the memory."""
+        return self.compiles and (not self.available or self.hbm_bytes <= self.available)
 
     @property
     def times(self) -> dict[str, float]:
@@ -108,6 +112,22 @@ class Report:
         """Of all chips together."""
         return self.rows / self.step_seconds_at_least if self.step_seconds_at_least else 0.0
 
+    def row(self, case: str) -> dict:
+        """For a result file or a table."""
+        names = (
+            "topology",
+            "compiles",
+            "fits",
+            "hbm_bytes",
+            "flops",
+            "bytes",
+            "between_chips",
+            "seconds_to_compile",
+            "bound",
+        )
+        names += ("step_seconds_at_least", "rows", "chips", "arguments", "temporaries", "available", "compiler_bytes")
+        return {"case": case, **{name: getattr(self, name) for name in names}}
+
     def __str__(self):
         lines = [f"{self.topology}: {'compiles' if self.compiles else 'does NOT compile'}"]
         if self.compiles:
@@ -115,7 +135,8 @@ class Report:
             lines[0] += f" ({self.seconds_to_compile:.1f} s)"
             parts = ", ".join(f"{name} {value:.2f}" for name, value in gb.items() if value >= 0.005)
             available = f" of {self.available / 1e9:.1f}" if self.available else ""
-            lines.append(f"  HBM     {self.hbm_bytes / 1e9:.2f} GB{available} ({parts})")
+            over = "" if self.fits else ", which does NOT fit"
+            lines.append(f"  HBM     {self.hbm_bytes / 1e9:.2f} GB{available}{over} ({parts})")
             lines.append(f"  a step  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:,.3g} MB through memory")
             if self.between_chips:
                 lines[-1] += f", {self.between_chips / 1e6:,.3g} MB between chips"
@@ -124,82 +145,12 @@ class Report:
                     f"  bound   {self.bound}: at least {self.step_seconds_at_least * 1e3:.3g} ms, "
                     f"at most {self.rows_per_second_at_most / 1e6:,.3g} M rows/s"
                 )
-            lines += [
-                f"  {count / 1e6:9,.1f} MB  {what}{f'  <- {operation}' if operation else ''}{f', {line}' if line else ''}"
-                for count, operation, what, line in self.moves[:4]
-            ]
+            for count, operation, what, line in self.moves[:4]:
+                made = ", ".join(filter(None, [operation, line]))
+                lines.append(f"  {count / 1e6:9,.1f} MB  {what}{f'  <- {made}' if made else ''}")
         else:
             lines.append("  " + self.error.replace("\n", "\n  "))
         return "\n".join([*lines, *(f"  note: {warning}" for warning in self.warnings)])
-
-
-# The step, and variables that are shapes alone ---------------------------------------------------------
-
-
-def nothing(shape: Sequence[int], dtype) -> object:
-    """A tensor whose pages do not exist until they are written: a shape that TensorFlow takes for a value.
-
-    The kernel is asked for addresses without memory behind them, which even overcommit's rules allow.
-    """
-    import tensorflow as tf
-
-    dtype = tf.as_dtype(dtype).base_dtype
-    length = int(np.prod(shape, dtype=np.int64)) * dtype.size
-    flags = (
-        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-    )
-    raw = np.frombuffer(mmap.mmap(-1, max(length, 1), flags=flags), np.uint8)[:length]
-    numbers = raw.view(np.dtype(f"u{dtype.size}")).reshape(shape)
-    return tf.bitcast(tf.experimental.dlpack.from_dlpack(numbers.__dlpack__()), dtype)
-
-
-@contextlib.contextmanager
-def shapes_only(at_least: int = 2**20) -> Iterator[None]:
-    """Variables that are made in here have their shape and dtype, but no memory from `at_least` numbers on.
-
-    Their values are zeros and mean nothing. Training on them would be real, and take the memory after all.
-    """
-    import tensorflow as tf
-
-    def creator(make, initial_value=None, dtype=None, shape=None, **options):
-        value = initial_value
-        if callable(value):  # traced for its shape, not computed
-            with tf.__internal__.FuncGraph("shape").as_default():
-                value = tf.convert_to_tensor(value(), dtype)
-        size = tf.TensorShape(getattr(value, "shape", ()))
-        symbolic = tf.is_tensor(value) and not callable(initial_value) and not hasattr(value, "numpy")
-        if (size.num_elements() or 0) >= at_least or symbolic:
-            with tf.init_scope():
-                value = nothing(size, dtype or value.dtype)
-                variable = make(initial_value=value, dtype=dtype, shape=shape, **options)
-            variable.shapes_only = True  # `embeddings.create` does not fill it
-            return variable
-        return make(initial_value=initial_value, dtype=dtype, shape=shape, **options)
-
-    with tf.variable_creator_scope(creator):
-        yield
-
-
-def step_of(model, optimizer) -> Callable:
-    """The training step of a `tfrs.Model` as `training.train` takes it: batch -> loss, gradients applied.
-
-    The optimizer's slots are made here, without memory where they are large.
-    """
-    import tensorflow as tf
-
-    with shapes_only(), tf.__internal__.FuncGraph("slots").as_default():  # initial values are not computed
-        parts = getattr(optimizer, "_optimizers_and_vars", [(optimizer, lambda: model.trainable_variables)])
-        for part, variables in parts:
-            part.build(variables() if callable(variables) else variables)
-
-    def step(batch):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(model.compute_loss(batch, training=True)) + sum(model.losses)
-        variables = model.trainable_variables
-        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        return loss
-
-    return step
 
 
 # The compile check ------------------------------------------------------------------------------------
@@ -233,154 +184,51 @@ def aot_compile(
     if topology not in ("cpu", "gpu") and chip not in CHIPS:
         known = ", ".join(each["topology"] for each in CHIPS.values() if isinstance(each, dict))
         raise ValueError(f"topology {topology!r}: no such chip; one chip of each is {known}; four are v5e:2x2")
+    from recsys_common import lowering
+
     try:
-        lowered = _lowered(step, arguments)
-    except _Refused as refused:
+        lowered = lowering.lower(step, arguments)
+    except lowering.Refused as refused:
         return Report(topology, False, str(refused))
-    rows = lowered["batch"][0].shape[0] if lowered["batch"] and lowered["batch"][0].shape.rank else 0
-    shard = {str(number): True for number, spec in enumerate(lowered["batch"]) if spec.shape.rank}
+    specs = [*lowered.batch.values()]
+    shapes = [(name, spec.shape, spec.dtype) for name, spec in lowered.batch.items()] + lowered.variables
+    shard = {str(number): True for number, spec in enumerate(specs) if spec.shape.rank}
     if split_tables:
-        sizes = [np.prod(shape, dtype=float) for _, shape in lowered["variables"]]
-        shard |= {str(number): True for number, size in enumerate(sizes, len(lowered["batch"])) if size >= 1e6}
-    job = {"topology": topology, "shard": shard, "seconds": seconds}
-    result = _compiled(job, lowered, progress)
+        large = [shape.num_elements() >= 1e6 for _, shape, _ in lowered.variables]
+        shard |= {str(number): True for number, yes in enumerate(large, len(specs)) if yes}
+    known = {
+        "rows": specs[0].shape[0] if specs and specs[0].shape.rank else 0,
+        "arguments": sum(hlo.compact(tuple(shape), dtype.name) for _, shape, dtype in shapes),
+        "available": CHIPS[chip]["usable"] if chip in CHIPS else 0,
+        "warnings": lowered.warnings,
+    }
+    result = _compiled({"topology": topology, "shard": shard, "seconds": seconds}, lowered, progress)
     if "error" in result:
-        return Report(topology, False, _explained(result["error"], lowered), warnings=lowered["warnings"])
-    peak = CHIPS.get(chip, {})
-    names = [*lowered["names"], *[name for name, _ in lowered["variables"]]]
-    moves = sorted(result["moves"], key=lambda move: -move[0])
+        error = lowering.explained(result["error"], lowered.lines)
+        if "HbmOom" in error:
+            sizes = {name: hlo.compact(tuple(shape), dtype.name) / 1e9 for name, shape, dtype in shapes}
+            largest = sorted(sizes, key=sizes.get)[:-5:-1]
+            error += f"\nArguments alone are {known['arguments'] / 1e9:.1f} GB of {known['available'] / 1e9:.1f}: "
+            error += ", ".join(f"{name} {sizes[name]:.2f}" for name in largest)
+        return Report(topology, False, error, **known)
+    parameters, moves = result.pop("parameters"), sorted(result.pop("moves"), key=lambda move: -move[0])
+    rates = ("flops", "bandwidth", "interconnect")
     return Report(
         topology,
         True,
-        chips=result["devices"],
-        rows=rows,
-        available=peak.get("usable") or peak.get("hbm", 0),
-        bytes=sum(move[0] for move in moves if not move[3]),
-        between_chips=sum(move[0] for move in moves if move[3]),
-        parameters=tuple((name, *found) for name, found in zip(names, result["parameters"], strict=False)),
-        moves=tuple(
-            (count, op, what, lowered["lines"].get(op.split("/")[-1], "")) for count, op, what, _ in moves[:12]
-        ),
-        warnings=lowered["warnings"],
-        peak={name: peak[name] for name in ("flops", "bandwidth", "interconnect")} if peak else {},
-        steps=tuple(result.get("steps", ())),
-        **{
-            name: result[name]
-            for name in ("seconds_to_compile", "arguments", "temporaries", "outputs", "code", "flops")
-        },
-        compiler_bytes=result["compiler_bytes"],
+        **known | result,
+        bytes=sum(count for count, _, _, between in moves if not between),
+        between_chips=sum(count for count, _, _, between in moves if between),
+        parameters=tuple((name, *found) for (name, *_), found in zip(shapes, parameters, strict=False)),
+        moves=tuple((count, operation, what, lowered.line(operation)) for count, operation, what, _ in moves[:12]),
+        peak={name: CHIPS[chip][name] for name in rates} if chip in CHIPS else {},
     )
 
 
-class _Refused(Exception):
-    """What a TPU would refuse, seen before the compiler."""
-
-
-def _lowered(step, arguments) -> dict:
-    import tensorflow as tf
-
-    from recsys_common import optimizers
-
-    def spec(value):
-        if isinstance(value, tf.TypeSpec):
-            return value
-        return (
-            tf.TensorSpec.from_tensor(tf.convert_to_tensor(value))
-            if not hasattr(value, "_type_spec")
-            else value._type_spec
-        )
-
-    arguments = tf.nest.map_structure(spec, list(arguments))
-    values = [value for value in tf.nest.flatten(arguments)]
-    names = [".".join(map(str, path[1:])) or f"argument {path[0]}" for path in _paths(arguments)]
-    faults = []
-    for name, value in zip(names, values, strict=True):
-        if not isinstance(value, tf.TensorSpec):
-            faults.append(f"{name} is a {type(value).__name__.removesuffix('Spec')}: pad it to one length on the host")
-        elif value.dtype.name in REFUSED:
-            faults.append(
-                f"{name} is {value.dtype.name}: leave it out, hash it or cast it to int32 or float32 on the host"
-            )
-        elif not value.shape.is_fully_defined():
-            faults.append(
-                f"{name} has the shape {value.shape}: a TPU program is compiled for one shape; "
-                "batch(..., drop_remainder=True), and pad histories to one length"
-            )
-    if faults:
-        raise _Refused("a TPU does not take these arguments:\n  " + "\n  ".join(faults))
-    call = getattr(step, "python_function", step)
-    function = tf.function(lambda *flat: call(*tf.nest.pack_sequence_as(arguments, flat)), jit_compile=True)
-    warnings = []
-    try:
-        concrete = function.get_concrete_function(*values)
-        optimizers.check_sparse(lambda given: call(*given), arguments)
-    except Exception as error:
-        if not str(error).startswith("a training step would cost"):
-            raise
-        warnings.append(str(error))
-    lines = _lines(concrete.graph)
-    for operation in _operations(concrete.graph):
-        vague = [each.dtype != tf.resource and not each.shape.is_fully_defined() for each in operation.outputs]
-        known = all(each.dtype == tf.resource or each.shape.is_fully_defined() for each in operation.inputs)
-        # tf-keras sums duplicate ids by tf.unique, whose length XLA bounds by that of its argument.
-        if any(vague) and known and operation.type not in ("Unique", "UniqueV2", "Placeholder", "VarHandleOp"):
-            warnings.append(
-                f"{operation.name} ({operation.type}) has a shape that is known only when it runs, "
-                f"{operation.outputs[vague.index(True)].shape}: {lines.get(operation.name.split('/')[-1], 'in a library')}"
-            )
-    try:
-        text, program = (
-            function.experimental_get_compiler_ir(*values)(stage=each) for each in ("hlo", "hlo_serialized")
-        )
-    except Exception as error:
-        raise _Refused(_explained(f"{type(error).__name__}: {error}", {"lines": lines})) from None
-    variables = []
-    for captured in concrete.captured_inputs:
-        of = next((each for each in concrete.graph.variables if each.handle is captured), None)
-        variables.append((of.name.partition(":")[0], of.shape) if of is not None else ("a constant", captured.shape))
-    key = re.sub(r"__inference_\w+|a_inference_\w+(\.\d+)?", "step", text)
-    return {"hlo": program, "key": key, "batch": values, "names": names, "variables": variables, "lines": lines,
-            "warnings": tuple(warnings)}  # fmt: skip
-
-
-def _paths(nest, path=()) -> Iterator[tuple]:
-    if isinstance(nest, dict):
-        for key in sorted(nest):
-            yield from _paths(nest[key], (*path, key))
-    elif isinstance(nest, list | tuple):
-        for number, each in enumerate(nest):
-            yield from _paths(each, (*path, number))
-    else:
-        yield path
-
-
-def _operations(graph) -> Iterator:
-    for function in graph._functions.values():
-        yield from _operations(function.graph)
-    yield from graph.get_operations()
-
-
-def _lines(graph) -> dict[str, str]:
-    """Operation -> "file.py, line 12: the code": the innermost line of the step that is no library's, if there is one."""
-    import linecache
-
-    found, library = {}, re.compile(r"site-packages|dist-packages|/lib/python")
-    for operation in _operations(graph):
-        frames = list(operation.traceback)
-        begin = max((number for number, frame in enumerate(frames) if frame.filename == __file__), default=-1)
-        frames = [frame for frame in frames[begin + 1 :] if "/tensorflow/python/" not in frame.filename]
-        own = [frame for frame in frames if not library.search(frame.filename)] or frames
-        if own:
-            code = linecache.getline(own[-1].filename, own[-1].lineno).strip()
-            place = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
-            found[operation.name.split("/")[-1]] = f"{place}: {code[:80]}" if code else place
-    return found
-
-
-def _compiled(job: dict, lowered: dict, progress: bool) -> dict:
+def _compiled(job: dict, lowered, progress: bool) -> dict:
     """Ask the compiler, or the cache of its answers."""
     sources = b"".join(Path(module.__file__).read_bytes() for module in (tpu_compiler, hlo))
-    key = hashlib.sha256(json.dumps([job, lowered["key"], tpu_compiler.TESTED]).encode() + sources).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([job, lowered.text, tpu_compiler.TESTED]).encode() + sources).hexdigest()[:24]
     cached = CACHE / f"{key}.json"
     if cached.exists() and not job["seconds"]:
         return json.loads(cached.read_text())
@@ -388,10 +236,15 @@ def _compiled(job: dict, lowered: dict, progress: bool) -> dict:
         print(f"compiling for {job['topology']} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        (folder / "step.hlo").write_bytes(lowered["hlo"])
+        (folder / "step.hlo").write_bytes(lowered.hlo)
         job |= {"hlo": str(folder / "step.hlo"), "text": str(folder / "optimized.txt")}
+        if job["seconds"]:
+            np.savez(folder / "values.npz", **{f"p{number}": value for number, value in lowered.values.items()})
+            job["values"] = str(folder / "values.npz")
         (folder / "job.json").write_text(json.dumps(job))
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        # Buffers that a run leaves are kept for the next one: fresh pages are slower than any arithmetic on them.
+        keep = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | (keep if job["seconds"] else {})
         done = subprocess.run(
             [sys.executable, "-m", "recsys_common.tpu_compiler", str(folder / "job.json"), str(folder / "result.json")],
             env=environment, capture_output=True, text=True,
@@ -399,23 +252,13 @@ def _compiled(job: dict, lowered: dict, progress: bool) -> dict:
         if not (folder / "result.json").exists():
             raise RuntimeError(f"the compiler ended with {done.returncode}: {done.stderr[-2000:]}")
         text = (folder / "result.json").read_text()
+    if "error" in json.loads(text):  # perhaps this machine's
+        return json.loads(text)
     CACHE.mkdir(parents=True, exist_ok=True)
     beside = cached.with_suffix(f".{os.getpid()}")
     beside.write_text(text)
     beside.rename(cached)
     return json.loads(text)
-
-
-def _explained(message: str, lowered: dict) -> str:
-    """The compiler's message in short, the line of Python where an operation is named, and the mend."""
-    from recsys_common import errors
-
-    short = re.sub(r"\s*\*\*\* Begin stack trace \*\*\*.*?\*\*\* End stack trace \*\*\*", "", message, flags=re.S)
-    short = "\n".join(line for line in short.splitlines() if line.strip() and "stack trace" not in line)[:1500]
-    named = re.findall(r"\{\{node ([^}]*)\}\}", message) + re.findall(r'op_name="([^"]*)"', message)
-    lines = dict.fromkeys(lowered["lines"].get(name.split("/")[-1], "") for name in named)
-    parts = [short, *[f"made in {line}" for line in lines if line]]
-    return "\n".join([*parts, *filter(None, [errors.explained(message)])])
 
 
 # A strategy -------------------------------------------------------------------------------------------
@@ -463,7 +306,7 @@ def get_strategy(device: str = "cpu"):
 def _tpu_strategy(name: str):
     if name == "local" and not (list(Path("/dev").glob("accel*")) or list(Path("/dev/vfio").glob("[0-9]*"))):
         raise RuntimeError(
-            "no TPU chip in this machine (no /dev/accel*, no /dev/vfio/*). On Colab: Runtime, Change runtime type, TPU. "
+            "no TPU chip in this machine (no /dev/accel*, no /dev/vfio/*). On Colab: Runtime, Change runtime type. "
             "Elsewhere give the name of a TPU, or rehearse: python -m recsys_common.tpu config.yaml --topology v5e:1x1"
         )
     try:
@@ -476,8 +319,8 @@ def _tpu_strategy(name: str):
     absent = [key for key in ENVIRONMENT if key not in os.environ]
     if absent and "tensorflow" in sys.modules:
         raise RuntimeError(
-            f"TensorFlow was imported without {', '.join(absent)} in the environment, which it reads once. Restart Python "
-            "and call get_strategy first"
+            f"TensorFlow was imported without {', '.join(absent)} in the environment, which it reads once. Restart "
+            "Python and call get_strategy first"
         )
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -519,7 +362,7 @@ def _asserted(strategy, kind: str):
     return strategy
 
 
-# The repository's models ------------------------------------------------------------------------------
+# The repository's models, this machine, and what the compiler cannot be asked -----------------------------
 
 
 def rehearse(config, topologies: Sequence[str] = ("v5e:1x1",), **options) -> list[Report]:
@@ -529,9 +372,101 @@ def rehearse(config, topologies: Sequence[str] = ("v5e:1x1",), **options) -> lis
       config: a `config.Config` whose tables have rows (`with_rows`).
       options: of `aot_compile`.
     """
-    from recsys_common import training_step
+    from recsys_common import lowering, training_step
 
-    with shapes_only():
-        model = config.build()
-        step = step_of(model, training_step.optimizer(config, model, steps=1000))
-    return [aot_compile(step, [config.signature(config.training.batch_size)], each, **options) for each in topologies]
+    with lowering.shapes_only():
+        model = training_step.made(config, config.build)
+        step = lowering.step_of(model, training_step.optimizer(config, model, steps=1000))
+    batch = config.features.batch_spec(config.training.batch_size)
+    return [aot_compile(step, [batch], topology, **options) for topology in topologies]
+
+
+def vary(config, topology: str, values: dict[str, Sequence], **options) -> dict[tuple, Report]:
+    """What another batch, dtype or dimension would do: the reports of all combinations.
+
+    Args:
+      values: {"model.embedding_dim": [16, 128], "training.batch_size": [8192, 65536]}, as a config's overrides.
+    """
+    found = {}
+    for combination in itertools.product(*values.values()):
+        changed = config.override(*(f"{name}={value}" for name, value in zip(values, combination, strict=True)))
+        found[combination] = rehearse(changed, [topology], **options)[0]
+    return found
+
+
+def this_machine(topology: str = "cpu") -> dict[str, float]:
+    """{"flops", "bandwidth"} a second that XLA reaches here: of a float32 product, and of a sum of two long arrays.
+
+    With them a report for "cpu" or "gpu" has a bound like one for a chip; see `against`.
+    """
+    import tensorflow as tf
+
+    square, long = tf.TensorSpec([2048, 2048]), tf.Variable(tf.zeros([1 << 25]))
+    product = aot_compile(tf.matmul, [square, square], topology, seconds=2)
+    total = aot_compile(lambda more: long.assign_add(more), [tf.TensorSpec(long.shape)], topology, seconds=2)
+    return {"flops": product.flops / min(product.steps), "bandwidth": total.bytes / min(total.steps)}
+
+
+def sparse_core(
+    tables: Sequence, slots: int, looked_up: dict[str, int], topology: str = "v5p:1x1x1", chips: int = 1
+) -> dict[str, float]:
+    """Memory and traffic of tables that TPUEmbedding keeps on SparseCores: a model, not a measurement.
+
+    Rows are dealt out to the SparseCores of all chips, and their columns padded to 8 numbers (32 bytes, the granule of
+    their memory accesses). A step reads each row that it looks up, hands it to the TensorCore, takes its gradient back,
+    and reads and writes the row and its slots: (2 + 2 (1 + slots)) times the row, all lookups taken as different. Rows
+    that another chip asked for cross the interconnect twice.
+
+    Args:
+      tables: `embeddings.Table`s.
+      slots: numbers that the optimizer keeps for each number of a row: 1 for Adagrad, 2 for Adam.
+      looked_up: of each table, by name, the ids of a step, all chips together.
+
+    Returns:
+      Of one chip: "hbm_bytes", "bytes" and "between_chips" of a step, "step_seconds_at_least".
+
+    Raises:
+      ValueError: the chip has no SparseCore that TensorFlow can use.
+    """
+    chip = CHIPS[topology.partition(":")[0]]
+    if not chip["sparse_cores"]:
+        raise ValueError(f"{chip['name']} has no SparseCore: TPUEmbedding needs v5p or v6e")
+    stored = sent = moved = 0.0
+    for table in tables:
+        row = -(-table.dim // 8) * 8 * 4
+        ids = looked_up[table.name]
+        stored += table.rows * row * (1 + slots) / chips
+        moved += ids * row * (2 + 2 * (1 + slots)) / chips
+        sent += 2 * ids * row * (chips - 1) / chips / chips
+    seconds = max(moved / chip["bandwidth"], sent / chip["interconnect"])
+    return {"hbm_bytes": stored, "bytes": moved, "between_chips": sent, "step_seconds_at_least": seconds}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    one_each = [chip["topology"] for chip in CHIPS.values() if isinstance(chip, dict)]
+    parser = argparse.ArgumentParser(
+        prog="python -m recsys_common.tpu", description="Compile the training step of a config for a TPU, without one."
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of a config; the defaults of SCALE=full without one")
+    parser.add_argument("--topology", nargs="+", default=one_each, help=f"default: {' '.join(one_each)}")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="FEATURE=ROWS", help="rows of tables, user=100000000")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="model.embedding_dim=128")
+    parser.add_argument("--vary", nargs="+", default=[], metavar="FIELD=A,B", help="a report for each value")
+    parser.add_argument("--split-tables", action="store_true", help="on a slice, each chip has a share of the rows")
+    chosen = parser.parse_args(arguments)
+    from recsys_common.config import Config
+
+    config = (Config.load(chosen.config) if chosen.config else Config.default("full")).override(*chosen.set)
+    if chosen.rows:
+        config = config.with_rows({name: int(rows) for name, _, rows in (each.partition("=") for each in chosen.rows)})
+    values = {name: values.split(",") for name, _, values in (each.partition("=") for each in chosen.vary)}
+    for topology in chosen.topology:
+        for combination, report in vary(config, topology, values, split_tables=chosen.split_tables).items():
+            named = ", ".join(f"{name}={value}" for name, value in zip(values, combination, strict=True))
+            print(f"{named}\n{report}\n" if named else f"{report}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
