@@ -185,6 +185,22 @@ class Features(dict):
 
         return features
 
+    def batch_spec(self, batch_size: int) -> dict:
+        """Name -> tf.TensorSpec of a training batch as `transform` makes it, labels and weights included.
+
+        `input_pipeline.batches(remainder="pad")` adds `weight`, float32 [batch_size], where none is declared.
+        """
+        import tensorflow as tf
+
+        lengths, columns = self.lengths(), {}
+        for column, dtype in self.record_columns().items():
+            places = [lengths[column]] if column in lengths else []
+            columns[column] = tf.TensorSpec([batch_size, *places], dtype)
+            if places:
+                columns[f"{column}_length"] = tf.TensorSpec([batch_size], tf.int32)
+        traced = tf.function(self.transform()).get_concrete_function(columns).structured_outputs
+        return {name: tf.TensorSpec(value.shape, value.dtype) for name, value in traced.items()}
+
     def tables(self, **options) -> dict:
         """Feature -> `embeddings.Table`, the same one for features that share it.
 

@@ -114,19 +114,9 @@ class Report:
 
     def row(self, case: str) -> dict:
         """For a result file or a table."""
-        names = (
-            "topology",
-            "compiles",
-            "fits",
-            "hbm_bytes",
-            "flops",
-            "bytes",
-            "between_chips",
-            "seconds_to_compile",
-            "bound",
-        )
-        names += ("step_seconds_at_least", "rows", "chips", "arguments", "temporaries", "available", "compiler_bytes")
-        return {"case": case, **{name: getattr(self, name) for name in names}}
+        names = ("topology", "compiles", "fits", "hbm_bytes", "available", "arguments", "temporaries", "flops", "bytes")
+        names += ("compiler_bytes", "between_chips", "seconds_to_compile", "bound", "step_seconds_at_least", "rows")
+        return {"case": case, **{name: getattr(self, name) for name in (*names, "chips")}}
 
     def __str__(self):
         lines = [f"{self.topology}: {'compiles' if self.compiles else 'does NOT compile'}"]
@@ -397,7 +387,7 @@ def vary(config, topology: str, values: dict[str, Sequence], **options) -> dict[
 def this_machine(topology: str = "cpu") -> dict[str, float]:
     """{"flops", "bandwidth"} a second that XLA reaches here: of a float32 product, and of a sum of two long arrays.
 
-    With them a report for "cpu" or "gpu" has a bound like one for a chip; see `against`.
+    With them `predicted` gives a report's step time here, which says what the same counts are worth for a chip.
     """
     import tensorflow as tf
 
@@ -405,6 +395,11 @@ def this_machine(topology: str = "cpu") -> dict[str, float]:
     product = aot_compile(tf.matmul, [square, square], topology, seconds=2)
     total = aot_compile(lambda more: long.assign_add(more), [tf.TensorSpec(long.shape)], topology, seconds=2)
     return {"flops": product.flops / min(product.steps), "bandwidth": total.bytes / min(total.steps)}
+
+
+def predicted(report: Report, machine: dict[str, float]) -> float:
+    """Seconds of a step where nothing overlaps, as on a CPU: FLOPs and bytes one after the other."""
+    return report.flops / machine["flops"] + report.bytes / machine["bandwidth"]
 
 
 def sparse_core(
