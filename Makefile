@@ -12,11 +12,15 @@ PYTHON   =
 BIN   = .venv/bin
 BOOK  = $(BIN)/python tools/book.py
 FORCED  = $(if $(FORCE),--force)
+FETCH_UV = command -v uv >/dev/null || [ -x build/uv/bin/uv ] || \
+    { python3 -m venv build/uv && build/uv/bin/python -m pip install --quiet uv; }
+COMPILE = PATH="$$PATH:$(CURDIR)/build/uv/bin" uv pip compile pyproject.toml --universal --quiet \
+    --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 OPTIONS = --scale '$(SCALE)' --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --extra '$(EXTRA)' $(FORCED)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help book test plan rehearse bench doctor lab sync lint check pytest lock clean clean-cloud
+.PHONY: help book test plan rehearse bench doctor lab sync lint check pytest lock lock-tpu clean clean-cloud
 
 help:  ## this list
 	@sed -n 's/^\([a-zN%-]*\):[^#]*##  *\(.*\)/  make \1|\2/p' Makefile | sed 's/%/N/' | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -62,10 +66,13 @@ lint: .venv/installed  ## ruff's rules and format, chapters included
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 
 lock:  ## requirements.txt anew from pyproject.toml; uv is fetched into build/ if there is none
-	@command -v uv >/dev/null || [ -x build/uv/bin/uv ] || \
-	    { python3 -m venv build/uv && build/uv/bin/python -m pip install --quiet uv; }
-	PATH="$$PATH:$(CURDIR)/build/uv/bin" uv pip compile pyproject.toml --extra test --universal --quiet \
-	    --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.txt
+	@$(FETCH_UV)
+	$(COMPILE) --extra test -o requirements.txt
+
+lock-tpu:  ## requirements-tpu.txt, of TPU machines: TensorFlow 2.20, and what it can of requirements.txt
+	@$(FETCH_UV) && mkdir -p build && cp requirements.txt build/requirements-tpu.txt
+	$(COMPILE) --extra tpu --no-emit-package tensorflow -o build/requirements-tpu.txt
+	mv build/requirements-tpu.txt requirements-tpu.txt
 
 clean:  ## remove what runs and builds left (.venv and data/ stay)
 	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info

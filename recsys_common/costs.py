@@ -2,26 +2,27 @@
 
     python -m recsys_common.costs --chapter 2 --rows 1e9                (make plan SCALE=full CHAPTER=2)
     python -m recsys_common.costs --chapter 2 --table p.shop.ratings    rows and a dry run from BigQuery
+    python -m recsys_common.costs --chapter 5 --price-tpu-v5e 1.5       training; your own price (or --prices FILE)
 
 Bytes are columns times rows. With `--table`, BigQuery is asked for its rows and a dry run; both are free. A price in
 `prices.json` has its source and day, or is unread: then amounts are printed. Hours and bytes in files come from
 `benchmarks/data_export.json`, milliseconds of steps from `embeddings.json`; `make bench` writes both in a checkout.
 
-Needs: scale.py sql/ prices.json
+Needs: prices.py prices.json scale.py sql/ training_costs.py
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import sys
 from pathlib import Path
 
-from recsys_common import scale
+from recsys_common import scale, training_costs
+from recsys_common.prices import KINDS, PRICES, WAREHOUSE, bill, figure, given, load_prices, price_list
 
-SQL_FOLDER, PRICES = Path(__file__).parent / "sql", Path(__file__).parent / "prices.json"
+SQL_FOLDER = Path(__file__).parent / "sql"
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "data_export.json"
 FULL_ROWS = 50e9
 # Chapter 4: optimizer -> numbers of its state for a row of `dim`, and its step in benchmarks/embeddings.json.
@@ -30,14 +31,9 @@ STATE = {
     "lazy adam, row second moment": (lambda dim: dim + 1, "lazy adam, row second moment 100M"),
     "row-wise adagrad": (lambda dim: 1, "row-wise adagrad 100M"),
 }
-MEASURED_BATCH, KEPT = 8192, 3  # rows of a step in embeddings.json; checkpoints that `training.keep` keeps
-UNITS = {"TiB": 2**40, "GiB": 2**30, "hour": 1}  # what a unit in prices.json begins with: its bytes or hours
-# The prices, and what their amounts are called in a line of the plan.
-KINDS = dict(query="query", storage_read="read", export="export")
-KINDS |= dict(bigquery_storage="tables", cloud_storage="files", worker="worker")
+KEPT = 3  # checkpoints that `training.keep` keeps
 # BigQuery counts 8 bytes for INT64, FLOAT64 and TIMESTAMP, and 2 + length for STRING: 7 for 'train'.
 NUMBER, SPLIT = 8, 7
-FIELDS = {"unit", "price", "currency", "source", "read"}
 
 # Chapter 1: (step, bytes for each row, bytes for each id, the price that they have). Upper bounds: what a clustered
 # table lets BigQuery leave out is counted all the same.
@@ -89,80 +85,6 @@ ROUTES = {
 }
 
 
-def load_prices(path: str | Path = PRICES) -> dict[str, dict]:
-    """The prices, name in `KINDS` -> `FIELDS`; price, currency and read (YYYY-MM-DD) are None while it is unread.
-
-    Raises ValueError, which says which price, what was found and what was expected; also for two currencies.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(content, dict) or set(content) != set(KINDS):
-        raise ValueError(f"{path}: prices {sorted(content)}, expected {sorted(KINDS)}")
-    for kind, entry in content.items():
-        if wrong := _wrong(entry):
-            raise ValueError(f"{path}, price {kind!r}: {wrong}")
-    if len(currencies := {entry["currency"] for entry in content.values()} - {None}) > 1:
-        raise ValueError(f"{path}: prices in {' and '.join(sorted(currencies))}, which cannot be added; expected one")
-    return content
-
-
-def _wrong(entry: dict) -> str:
-    """What is wrong with an entry of prices.json, "" for nothing."""
-    if not isinstance(entry, dict) or set(entry) != FIELDS:
-        return f"{entry}; expected the fields {', '.join(sorted(FIELDS))}"
-    if str(entry["unit"]).partition(" ")[0] not in UNITS:
-        return f"unit {entry['unit']!r}, expected one that begins with {', '.join(UNITS)}"
-    if not str(entry["source"]).startswith("https://"):
-        return f"source {entry['source']!r}, expected the https:// address of the official page"
-    price, currency, read = entry["price"], entry["currency"], entry["read"]
-    if price is None and currency is None and read is None:
-        return ""
-    if type(price) not in (int, float) or not 0 <= price < math.inf:
-        return f"price {price!r}, expected a number from 0 up, or null with currency and read null too"
-    if not isinstance(currency, str) or not currency:
-        return f"currency {currency!r}, expected a name such as USD"
-    try:
-        future = datetime.date.fromisoformat(read) > datetime.date.today()
-    except (TypeError, ValueError):
-        future = True
-    return f"read {read!r}, expected the day on which the price was read, YYYY-MM-DD, not after today" if future else ""
-
-
-def bill(amounts: dict[str, float | None], prices: dict[str, dict]) -> str:
-    """Such as "3.20 USD + unread: 4.77 TiB query"; amounts are bytes, hours for "worker", None where not known."""
-    money, unread = 0.0, []
-    for kind, amount in amounts.items():
-        price, unit = prices[kind]["price"], prices[kind]["unit"].split()[0]
-        if amount is None or (amount and price is None):
-            unread.append(f"{figure(amount and amount / UNITS[unit])} {unit.replace('hour', 'h')} {KINDS[kind]}")
-        else:
-            money += amount / UNITS[unit] * (price or 0)
-    currency = next((price["currency"] for price in prices.values() if price["currency"]), "in your currency")
-    known = [f"{money:,.2f} {currency}"] if money or not unread else []
-    return " + ".join(known + ["unread: " + " + ".join(unread)] * bool(unread))
-
-
-def price_list(prices: dict[str, dict]) -> list[str]:
-    """A line for each price: what it is of, what it is, and where it was or is to be read."""
-    lines = ["", f"{'price':9}{'of one':39}{'is':24}source"]
-    for kind, price in prices.items():
-        found = f"{price['price']} {price['currency'] or ''} ({price['read'] or 'as given'})"
-        found = "unread" if price["price"] is None else found.replace("  ", " ")
-        lines.append(f"{KINDS[kind]:9}{price['unit']:39}{found:24}{price['source'].removeprefix('https://')}")
-    flags = " ".join(f"--price-{kind.replace('_', '-')} X" for kind in list(prices)[:3])
-    lines.append("Prices differ by region. Read them there; then write price, currency and day into prices.json,")
-    return [*lines, f"or pass {flags} ... to python -m recsys_common.costs."]
-
-
-def figure(value: float | None) -> str:
-    """A number at a glance: 1,863 or 17.8 or 0.07 or 0.0003; "?" for None, "-" for 0."""
-    if not value:
-        return "?" if value is None else "-"
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}" if value >= 0.01 else f"{value:.1g}"
-
-
 def size(value: float | None) -> str:
     """Bytes at a glance: "1.46 TiB"; "?" for None, "-" for 0."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
@@ -199,11 +121,13 @@ def tables_plan(rows: float, ids: float, dim: int, path: Path | None = None) -> 
     lines.append(f"{'optimizer':30}{'table':>11}{'state':>11}{'in all':>11}{'checkpoints':>13}{'hours an epoch':>16}")
     for name, (state, case) in STATE.items():
         table, more = 4 * ids * dim, 4 * ids * state(dim)
-        epoch = rows / MEASURED_BATCH * steps[case] / 3.6e6 if case in steps else None
+        epoch = rows / training_costs.BATCH * steps[case] / 3.6e6 if case in steps else None
         sizes = f"{size(table):>11}{size(more):>11}{size(table + more):>11}{size((KEPT + 1) * (table + more)):>13}"
         lines.append(f"{name:30}{sizes}{figure(epoch):>16}")
     lines += ["", f"Checkpoints: {KEPT} are kept, while one more is written. Hours: {rows:,.0f} examples in batches of"]
-    lines.append(f"{MEASURED_BATCH:,} on the 2 cores of the benchmark, a table of 100 M rows of 16 (lazy adam: of 8).")
+    lines.append(
+        f"{training_costs.BATCH:,} on the 2 cores of the benchmark, a table of 100 M rows of 16 (lazy adam: of 8)."
+    )
     lines.append("The chapter trains twice: once undisturbed, and once killed and resumed.")
     return "\n".join(lines)
 
@@ -289,7 +213,8 @@ def routes_plan(rows: float, prices: dict, benchmark: dict | None, dry_run: dict
         known = f"benchmarks/data_export.json, {benchmark['date'][:10]}, with the embedded BigQuery, on one machine\n"
         known += f"of {cores} cores ({cpu}) and {memory} GB. ?: not measured there. Record batches: shuffled when\n"
         known += "they are read, 50 million rows when they are made, where that was measured."
-    return "\n".join([*lines, f"in files, hours: {known}", *price_list(prices)])
+    lines += [f"in files, hours: {known}", *price_list({kind: prices[kind] for kind in WAREHOUSE})]
+    return "\n".join(lines)
 
 
 def look_up(client, table: str) -> tuple[int | None, dict[str, int] | None]:
@@ -321,13 +246,20 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=64, help="numbers of a row, in chapter 4 (default: 64)")
     parser.add_argument("--project", default="", help="Google Cloud project, to ask about the table")
     parser.add_argument("--table", default="", help="project.dataset.table, to ask for its rows and a dry run")
+    parser.add_argument("--prices", default=PRICES, help="a file of yours, as prices.json")
+    parser.add_argument(
+        "--utilisation", type=float, default=training_costs.UTILISATION, help="of a bound, in chapter 5"
+    )
+    parser.add_argument("--input-rows", type=float, help="rows/s that one host's input gives, in chapter 5")
     for kind, price in prices.items():
         parser.add_argument(f"--price-{kind.replace('_', '-')}", type=float, help=f"of one {price['unit']}")
     arguments = parser.parse_args()
     rows, dry_run, table = arguments.rows, None, arguments.table
+    head = f"chapter {arguments.chapter}, SCALE=full{', ' + table if table else ''}"
     try:
-        if arguments.chapter not in (1, 2, 3, 4):
-            raise ValueError(f"chapter {arguments.chapter} has no full run yet; chapters 1 to 4 have")
+        if arguments.chapter not in (1, 2, 3, 4, 5):
+            raise ValueError(f"chapter {arguments.chapter} has no full run yet; chapters 1 to 5 have")
+        prices = given(load_prices(arguments.prices), **{kind: getattr(arguments, f"price_{kind}") for kind in prices})
         if table and not scale.TABLE.fullmatch(table):
             raise ValueError(f"{table!r} is not a BigQuery table's name, project.dataset.table")
         if table and not scale.credentials():
@@ -338,13 +270,14 @@ def main() -> int:
             counted, dry_run = look_up(bigquery.Client(arguments.project or None), table)
             if not (rows := rows or counted):
                 raise ValueError(f"{table} is a view, which has no size of its own, or empty: give --rows")
-    except ValueError as error:
+        if arguments.chapter == 5:
+            plan = training_costs.plan(prices, rows or FULL_ROWS, arguments.utilisation, arguments.input_rows)
+            print(f"{head}\n{plan}")
+            return 0
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    for kind, price in prices.items():
-        if (given := getattr(arguments, f"price_{kind}")) is not None:
-            prices[kind] = price | {"price": given, "read": None}
-    print(f"chapter {arguments.chapter}, SCALE=full{', ' + table if table else ''}")
+    print(head)
     if arguments.chapter == 3:
         print(
             "Of chapter 2's plan, which follows: export_rows, the route 'storage read', two shards read once more from"

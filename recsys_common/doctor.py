@@ -6,7 +6,7 @@ Prints a line for each check, [OK], [FAIL] with the mend, or [skip] with the rea
 that SCALE=small needs has failed. TensorFlow is not imported: its version is read from the installed packages, and
 devices from the operating system.
 
-Needs: scale.py embedded_bigquery.py bigquery.py
+Needs: scale.py embedded_bigquery.py bigquery.py tpu_matrix.json
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -29,6 +30,9 @@ from recsys_common import scale
 MEMORY_GB = {"small": 4, "medium": 16}
 DISK_GB = {"small": 6, "medium": 20}  # .venv takes 3
 LOCK = Path(__file__).parent.parent / "requirements.txt"
+TPU_LOCK = "pip install --no-deps --require-hashes -r requirements-tpu.txt"
+# As TPU_ACCELERATOR_TYPE begins, such as v5litepod-8.
+GENERATIONS = {"v5litepod": "v5e", "v4": "v4", "v5p": "v5p", "v6e": "v6e", "tpu7x": "tpu7x"}
 
 
 class Skip(Exception):
@@ -47,17 +51,28 @@ def python() -> str:
 
 def lock() -> str:
     """Every installed package has the locked version."""
-    if not LOCK.exists():
-        raise Skip("no requirements.txt beside the package: this is not a checkout")
-    locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+?) \\$", LOCK.read_text(), re.MULTILINE))
+    name, mend = ("requirements.txt", "`rm -rf .venv` and `make book`")
+    if _installed("tensorflow-tpu"):
+        name, mend = ("requirements-tpu.txt", f"`{TPU_LOCK}`")
+    file = LOCK.with_name(name)
+    if not file.exists():
+        raise Skip(f"no {name} beside the package: this is not a checkout")
+    locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+?) \\$", file.read_text(), re.MULTILINE))
     there = {re.sub("[-_.]+", "-", d.name).lower(): d.version for d in importlib.metadata.distributions()}
     found = {name: there.get(re.sub("[-_.]+", "-", name).lower(), "missing") for name in locked}
     wrong = [f"{name} {found[name]} (locked: {locked[name]})" for name in locked if found[name] != locked[name]]
     if wrong:
-        raise RuntimeError(
-            f"{len(wrong)} packages differ from the lock: {', '.join(wrong[:4])}; run `rm -rf .venv` and `make book`"
-        )
-    return f"{len(locked)} packages as locked, tensorflow {locked['tensorflow']}, tf-keras {locked['tf-keras']}"
+        raise RuntimeError(f"{len(wrong)} packages differ from the lock {name}: {', '.join(wrong[:4])}; run {mend}")
+    named = [f"{each} {locked[each]}" for each in ("tensorflow", "tensorflow-tpu", "tf-keras") if each in locked]
+    return f"{len(locked)} packages as locked, {', '.join(named)}"
+
+
+def _installed(name: str) -> str:
+    """The version of a package, "" if it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def memory() -> str:
@@ -98,13 +113,41 @@ def gpu() -> str:
 
 
 def tpu() -> str:
-    """TPU chips of this machine."""
-    chips = sorted(Path("/dev").glob("accel*"))  # v2 to v4 have these; newer ones pass through VFIO
-    if "TPU_ACCELERATOR_TYPE" in os.environ:
-        chips += sorted(Path("/dev/vfio").glob("[0-9]*"))
+    """TPU chips of this machine, and the TensorFlow that they need."""
+    matrix = json.loads((Path(__file__).parent / "tpu_matrix.json").read_text())
+    newest = matrix["packages"][0]
+    wanted = {"tensorflow-tpu": newest["version"], "libtpu": newest["libtpu there"][0], "tf-keras": newest["tf-keras"]}
+    rows = [row for row in matrix["works"] if row["tensorflow"] == newest["version"]]
+    needs = ", ".join(f"{name} {version}" for name, version in wanted.items())
+    chips = _tpu_chips()
     if not chips:
-        raise Skip("none here; chapter 5 compiles for one all the same")
-    return f"{len(chips)} accelerator devices"
+        can = "; ".join(f"{row['generation']} {_can(row)}" for row in rows)
+        raise Skip(f"none here; chapter 5 compiles for one all the same. One needs {needs} ({matrix['read']}). {can}")
+    kind = os.environ.get("TPU_ACCELERATOR_TYPE", "")
+    generation = GENERATIONS.get(kind.partition("-")[0], "")
+    row = next((row for row in rows if row["generation"] == generation), {"TPUStrategy": "not known"})
+    wrong = [f"{name} {_installed(name) or 'missing'}" for name in wanted if _installed(name) != wanted[name]]
+    if _installed("tensorflow"):
+        wrong.append("tensorflow over the files of tensorflow-tpu")
+    if wrong:
+        raise RuntimeError(
+            f"{chips} chips ({kind or 'kind not told'}), but {', '.join(wrong)}; expected {needs} and no tensorflow: "
+            f"run `{TPU_LOCK}` in an environment of its own"
+        )
+    return f"{chips} chips, {generation or kind or 'of a generation not told'}: {needs}; {_can(row)}"
+
+
+def _tpu_chips() -> int:
+    """How many; v2 to v4 are accelerator devices, newer ones pass through VFIO, which has other uses too."""
+    chips = list(Path("/dev").glob("accel*"))
+    if "TPU_ACCELERATOR_TYPE" in os.environ:
+        chips += Path("/dev/vfio").glob("[0-9]*")
+    return len(chips)
+
+
+def _can(row: dict) -> str:
+    """A row of the matrix in a few words."""
+    return ", ".join(f"{name} {row[name]}" for name in ("TPUStrategy", "TPUEmbedding") if name in row)
 
 
 def embedded_bigquery() -> str:

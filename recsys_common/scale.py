@@ -45,6 +45,7 @@ TABLE = re.compile(r"^[A-Za-z][A-Za-z0-9:-]*\.[A-Za-z0-9_]+\.[A-Za-z0-9_-]+$")
 # The versions that a result may depend on.
 VERSIONS = (
     "tensorflow",
+    "tensorflow-tpu",  # on a TPU machine, in its place
     "tf-keras",
     "tensorflow-recommenders",
     "numpy",

@@ -59,6 +59,7 @@ class Report:
     compiles: bool
     error: str = ""  # the compiler's, or ours, with the line of Python where it is known, and the mend
     seconds_to_compile: float = 0.0
+    compiler_memory: int = 0  # bytes that its process had at most
     device: str = ""  # what libtpu calls the chip
     chips: int = 1
     rows: int = 0  # of the batch, all chips together
@@ -114,15 +115,14 @@ class Report:
 
     def row(self, case: str) -> dict:
         """For a result file or a table."""
-        names = ("topology", "compiles", "fits", "hbm_bytes", "available", "arguments", "temporaries", "flops", "bytes")
-        names += ("compiler_bytes", "between_chips", "seconds_to_compile", "bound", "step_seconds_at_least", "rows")
-        return {"case": case, **{name: getattr(self, name) for name in (*names, "chips")}}
+        names = """topology compiles fits hbm_bytes available arguments temporaries flops bytes compiler_bytes
+            between_chips seconds_to_compile compiler_memory bound step_seconds_at_least rows chips"""
+        return {"case": case, **{name: getattr(self, name) for name in names.split()}}
 
     def __str__(self):
         lines = [f"{self.topology}: {'compiles' if self.compiles else 'does NOT compile'}"]
         if self.compiles:
             gb = {name: getattr(self, name) / 1e9 for name in ("arguments", "temporaries", "outputs", "code")}
-            lines[0] += f" ({self.seconds_to_compile:.1f} s)"
             parts = ", ".join(f"{name} {value:.2f}" for name, value in gb.items() if value >= 0.005)
             available = f" of {self.available / 1e9:.1f}" if self.available else ""
             over = "" if self.fits else ", which does NOT fit"
@@ -254,21 +254,27 @@ def _compiled(job: dict, lowered, progress: bool) -> dict:
 # A strategy -------------------------------------------------------------------------------------------
 
 
-def get_strategy(device: str = "cpu"):
+def get_strategy(device: str = "auto"):
     """The `tf.distribute` strategy of a device, which has computed something before it is returned.
 
     Args:
-      device: "cpu"; "cpus:4", logical devices that share this CPU, to rehearse replicas; "gpu", all of them; "tpu", the
-        chips of this machine (a TPU VM, a Colab TPU runtime); or the name of a TPU. For a TPU call this before anything
-        imports TensorFlow, which reads its environment once.
+      device: "auto": TPUs if this machine and its TensorFlow have them, else GPUs, else the CPU; "cpu"; "cpus:4",
+        logical devices that share this CPU, to rehearse replicas; "gpu", all of them; "tpu", the chips of this machine
+        (a TPU VM, a Colab TPU runtime); or the name of a TPU. For a TPU call this before anything imports TensorFlow,
+        which reads its environment once.
 
     Raises:
       RuntimeError: the device is not there, not the one asked for, or cannot be used any more in this process.
     """
-    if not re.fullmatch(r"cpu|gpu|cpus:\d+", device):
+    installed = {each.metadata["Name"] for each in importlib.metadata.distributions()}
+    if device == "auto" and _chips() and "tensorflow-tpu" in installed:
+        device = "tpu"
+    if not re.fullmatch(r"auto|cpu|gpu|cpus:\d+", device):
         return _tpu_strategy("local" if device == "tpu" else device)
     import tensorflow as tf
 
+    if device == "auto":
+        device = "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
     if device == "gpu":
         found = tf.config.list_physical_devices("GPU")
         if not found:
@@ -293,8 +299,13 @@ def get_strategy(device: str = "cpu"):
     return _asserted(strategy, "GPU" if device == "gpu" else "CPU")
 
 
+def _chips() -> list[Path]:
+    """Those of this machine: v2 to v4 are there by the first name, newer ones (and other devices) by the second."""
+    return sorted(Path("/dev").glob("accel*")) + sorted(Path("/dev/vfio").glob("[0-9]*"))
+
+
 def _tpu_strategy(name: str):
-    if name == "local" and not (list(Path("/dev").glob("accel*")) or list(Path("/dev/vfio").glob("[0-9]*"))):
+    if name == "local" and not _chips():
         raise RuntimeError(
             "no TPU chip in this machine (no /dev/accel*, no /dev/vfio/*). On Colab: Runtime, Change runtime type. "
             "Elsewhere give the name of a TPU, or rehearse: python -m recsys_common.tpu config.yaml --topology v5e:1x1"
@@ -355,11 +366,12 @@ def _asserted(strategy, kind: str):
 # The repository's models, this machine, and what the compiler cannot be asked -----------------------------
 
 
-def rehearse(config, topologies: Sequence[str] = ("v5e:1x1",), **options) -> list[Report]:
+def rehearse(config, topologies: Sequence[str] = ("v5e:1x1",), example: dict | None = None, **options) -> list[Report]:
     """The step of a config's model, with tables of their full size, compiled for each topology.
 
     Args:
       config: a `config.Config` whose tables have rows (`with_rows`).
+      example: a batch to run the step on, where the topology is this machine.
       options: of `aot_compile`.
     """
     from recsys_common import lowering, training_step
@@ -367,7 +379,7 @@ def rehearse(config, topologies: Sequence[str] = ("v5e:1x1",), **options) -> lis
     with lowering.shapes_only():
         model = training_step.made(config, config.build)
         step = lowering.step_of(model, training_step.optimizer(config, model, steps=1000))
-    batch = config.features.batch_spec(config.training.batch_size)
+    batch = example or config.features.batch_spec(config.training.batch_size)
     return [aot_compile(step, [batch], topology, **options) for topology in topologies]
 
 

@@ -99,6 +99,7 @@ def compiled(job: dict) -> dict:
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
+        "compiler_memory": _high_water(),
         "flops": cost["flops"],
         "compiler_bytes": cost["bytes accessed"],
         "parameters": [[str(shape), shape.layout, shape.plain, shape.stored] for shape in program.parameters()],
@@ -107,6 +108,11 @@ def compiled(job: dict) -> dict:
     if here and job.get("seconds"):
         result["steps"] = _run(executable, devices[0], program, job)
     return result
+
+
+def _high_water() -> int:
+    """Bytes that this process had at most."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def _split(module, options, count: int, shard: dict[str, bool]) -> None:

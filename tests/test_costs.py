@@ -12,7 +12,7 @@ from recsys_common import bigquery, costs
 
 ROOT = Path(__file__).resolve().parent.parent
 TIB, GIB = 2**40, 2**30
-READ = {"currency": "USD", "read": "2026-01-31"}
+READ = {"currency": "USD", "region": "us", "read": "2026-01-31"}
 # Rows a second and bytes a row that are easy to reckon with: 3.6 M rows/s are 12.96e9 rows an hour.
 MEASURED = {
     "csv.gz": 3.6, "export csv.gz": 1.8, "bytes/row csv.gz": 10,
@@ -59,9 +59,10 @@ def test_no_price_is_filled_in_without_having_been_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"price": 5.0, "currency": "USD"}, "read None, expected the day on which the price was read"),
-        ({"price": 5.0, "currency": "USD", "read": "9999-01-01"}, "read '9999-01-01'.*not after today"),
-        ({"price": 5.0, "currency": "USD", "read": "31.1.2026"}, "YYYY-MM-DD"),
+        ({"price": 5.0, **READ, "read": None}, "read None, expected the day on which the price was read"),
+        ({"price": 5.0, **READ, "region": None}, "region None, expected where the price holds"),
+        ({"price": 5.0, **READ, "read": "9999-01-01"}, "read '9999-01-01'.*not after today"),
+        ({"price": 5.0, **READ, "read": "31.1.2026"}, "YYYY-MM-DD"),
         ({"price": 5.0, **READ, "source": ""}, "source '', expected the https:// address"),
         ({"price": 5.0, **READ, "currency": None}, "currency None"),
         ({"price": None, **READ}, "price None, expected a number"),
@@ -69,7 +70,7 @@ def test_no_price_is_filled_in_without_having_been_read():
         ({"price": -1, **READ}, "price -1"),
         ({"price": True, **READ}, "price True"),
         ({"unit": "GB scanned"}, "unit 'GB scanned', expected one that begins with TiB, GiB, hour"),
-        ({"note": "x"}, "expected the fields currency, price, read, source, unit"),
+        ({"note": "x"}, "expected the fields currency, price, read, region, source, unit"),
     ],
 )
 def test_a_price_that_cannot_be_traced_is_refused(tmp_path, change, message):
@@ -98,6 +99,17 @@ def test_a_broken_file_of_prices_is_refused(tmp_path):
     content["worker"]["currency"] = "USD"
     path.write_text(json.dumps(content))
     assert costs.load_prices(path)["worker"]["price"] == 1
+
+
+def test_your_own_prices_stand_beside_those_that_were_read():
+    prices = costs.given(priced(query=5), tpu_v5e=1.5, query=None)
+    assert prices["tpu_v5e"]["price"] == 1.5 and prices["query"] == priced(query=5)["query"]
+    assert prices["tpu_v5e"]["read"] is None and costs.load_prices()["tpu_v5e"]["price"] is None
+    assert costs.given(prices, query=4)["query"] | READ == priced(query=4)["query"] | READ
+    assert costs.given(prices, query=4)["query"]["read"] is None  # nobody read that on the page
+    for wrong in ({"tpu_v9": 1}, {"cpu": -1}, {"cpu": float("nan")}):
+        with pytest.raises(ValueError, match=r"expected a number from 0 up for one of query, .*cpu"):
+            costs.given(prices, **wrong)
 
 
 def test_a_bill_adds_what_is_priced_and_names_what_is_not():
@@ -214,7 +226,7 @@ def test_hours_come_from_the_case_nearest_to_a_full_run(tmp_path):
 
 def test_a_plan_fits_a_terminal(tmp_path):
     benchmark = costs.load_benchmark(benchmark_file(tmp_path))
-    every = dict.fromkeys(costs.KINDS, 0.123)
+    every = dict.fromkeys(costs.WAREHOUSE, 0.123)
     for text in (
         costs.routes_plan(1e12, costs.load_prices(), benchmark, dict.fromkeys(costs.STATEMENTS, 2**46)),
         costs.routes_plan(1e6, priced(**every), benchmark),
@@ -291,10 +303,26 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert cost["csv"].endswith(" + ? GiB files")
 
 
+def test_a_plan_of_training_names_no_price_of_the_warehouse(monkeypatch, capsys, tmp_path):
+    content = costs.load_prices()
+    content["tpu_v5e"] |= READ | {"price": 1.25}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    monkeypatch.setattr("recsys_common.training_costs.BENCHMARKS", tmp_path)
+    code, out, _ = command(monkeypatch, capsys, "--chapter", "5", "--prices", str(tmp_path / "mine.json"))
+    assert code == 0 and out.startswith("chapter 5, SCALE=full\nTRAINING ON 50,000,000,000 EXAMPLES\n")
+    assert "1.25 USD (2026-01-31)   cloud.google.com/tpu/pricing us\n" in out and "TiB" not in out
+    _, out, _ = command(monkeypatch, capsys, "--chapter", "2", "--rows", "1e6")
+    assert "TPU" not in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chapter", "5"], "chapter 5 has no full run yet; chapters 1 to 4 have"),
+        (["--chapter", "6"], "chapter 6 has no full run yet; chapters 1 to 5 have"),
+        (["--chapter", "5", "--utilisation", "1.5"], "utilisation 1.5, expected a share above 0, 1 at most"),
+        (["--chapter", "5", "--input-rows", "0"], "input_rows 0.0, expected a number above 0"),
+        (["--chapter", "5", "--price-tpu-v5e", "-1"], "price tpu_v5e=-1.0; expected a number from 0 up"),
+        (["--prices", "nowhere.json"], "nowhere.json"),
         (["--table", "shop.ratings"], "'shop.ratings' is not a BigQuery table's name"),
         (["--table", "p.shop.ratings`; DROP TABLE x"], "is not a BigQuery table's name"),
         (["--table", "p.shop.ratings"], "no Google credentials to ask for the table's size"),

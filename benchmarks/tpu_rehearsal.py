@@ -1,0 +1,184 @@
+"""What does the TPU compiler say of each model of this repository, at full size and on each generation of chip?
+
+    python benchmarks/tpu_rehearsal.py          (make bench)
+
+No TPU is needed: libtpu compiles for chips that are not there (recsys_common/tpu.py). The same steps, with smaller
+tables, run on this CPU through XLA, to see how far FLOPs and bytes predict seconds; with --gpu on a GPU too, where JAX
+has one. Writes benchmarks/tpu_rehearsal.json; takes about 12 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _finish import finish
+from tqdm import tqdm
+
+from recsys_common import scale, tpu, tpu_compiler
+from recsys_common.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("models", "variants", "slices", "here")
+USERS, ITEMS = 100_000_000, 1_000_000
+ONE_CHIP = [chip["topology"] for chip in tpu.CHIPS.values() if isinstance(chip, dict)]
+HISTORY = ["features.history.kind=history", "features.history.column=history", "features.history.length=50"]
+MODELS = {
+    "matrix factorization": [],
+    "two-tower": ["model.architecture=two_tower", *HISTORY, "features.history.table=item"],
+}
+DIMS = (16, 64, 128)
+FIXED = ["training.batch_size=8192"]
+
+
+def config(model: str, *overrides: str, users: int = USERS, items: int = ITEMS) -> Config:
+    """The config of a model, its tables at full size unless said otherwise."""
+    return Config.default("full").override(*MODELS[model], *FIXED, *overrides).with_rows({"user": users, "item": items})
+
+
+def row(case: str, model: str, report: tpu.Report, **more) -> dict:
+    """A line of the result file."""
+    largest = [[count, operation, what] for count, operation, what, _ in report.moves[:3]]
+    error = {} if report.compiles else {"error": report.error.splitlines()[0][:300]}
+    return {**report.row(case), "model": model, "moves": largest, **error, **more}
+
+
+def models_rows() -> list[dict]:
+    """Each model and dimension on one chip of each generation."""
+    grid = [(model, dim, topology) for model in MODELS for dim in DIMS for topology in ONE_CHIP]
+    rows = []
+    for model, dim, topology in tqdm(grid, desc="models", unit="program"):
+        [report] = tpu.rehearse(config(model, f"model.embedding_dim={dim}"), [topology])
+        rows.append(row(f"{model}, dimension {dim}, {topology}", model, report, dim=dim))
+    return rows
+
+
+def variants_rows() -> list[dict]:
+    """Matrix factorization of 16 numbers a row on a v6e: what another batch, dtype or optimizer changes."""
+    changes = {
+        "batch 2,048": ["training.batch_size=2048"],
+        "batch 32,768": ["training.batch_size=32768"],
+        "bfloat16 tables": ["model.embedding_dtype=bfloat16"],
+        "both moments of each number": ["optimizer.second_moment=element"],
+        "row-wise Adagrad": ["optimizer.name=row_wise_adagrad"],
+        "mixed precision": ["training.mixed_precision=true"],
+    }
+    rows = []
+    for name, overrides in tqdm(changes.items(), desc="variants", unit="program"):
+        changed = config("matrix factorization", "model.embedding_dim=16", *overrides)
+        [report] = tpu.rehearse(changed, ["v6e:1x1"])
+        rows.append(row(f"variant {name}", "matrix factorization", report, dim=16))
+    return rows
+
+
+def slices_rows() -> list[dict]:
+    """The tables that no single chip has room for, on slices: the batch split, tables whole or split by rows."""
+    cases = [("v5e:2x2", False), ("v5e:2x2", True), ("v5e:4x4", True), ("v6e:2x2", True)]
+    grid = [(model, topology, split) for model in MODELS for topology, split in cases]
+    rows = []
+    for model, topology, split in tqdm(grid, desc="slices", unit="program"):
+        [report] = tpu.rehearse(config(model, "model.embedding_dim=64"), [topology], split_tables=split)
+        case = f"{model}, dimension 64, {topology}, tables {'split' if split else 'whole'}"
+        rows.append(row(case, model, report, dim=64, split_tables=split))
+    return rows
+
+
+def here_rows(topology: str = "cpu") -> list[dict]:
+    """Steps that run here: measured seconds beside those that FLOPs and bytes predict, in rounds."""
+    rng, found = np.random.default_rng(1), {}
+    cases = [(model, dim, batch) for model in MODELS for dim, batch in ((16, 2048), (64, 2048), (128, 1024))]
+    for _ in tqdm(range(3), desc=topology, unit="round"):
+        machine = tpu.this_machine(topology)
+        for name, value in machine.items():
+            found.setdefault((f"{topology}: {name}", "a second"), []).append(value)
+        for model, dim, batch in cases:
+            changed = config(
+                model, f"model.embedding_dim={dim}", f"training.batch_size={batch}", users=10**6, items=10**5
+            )
+            spec = changed.features.batch_spec(batch)
+            ids = {name: rng.integers(0, 10**5, each.shape).astype(np.int32) for name, each in spec.items()}
+            ids |= {name: np.full(batch, 50, np.int32) for name in spec if name.endswith("_length")}
+            [report] = tpu.rehearse(changed, [topology], seconds=3, example=ids)
+            measured, predicted = statistics.median(report.steps), tpu.predicted(report, machine)
+            case = f"{topology}: {model}, dimension {dim}, batch {batch:,}"
+            found.setdefault((f"{case}: step", "s"), []).append(measured)
+            found.setdefault((f"{case}: predicted", "s"), []).append(predicted)
+            found.setdefault((f"{case}: measured / predicted", "ratio"), []).append(measured / predicted)
+    return [scale.spread(case, values, unit) for (case, unit), values in found.items()]
+
+
+def readme(content: dict, text: str) -> str:
+    """README.md with the figures of this result file in their places."""
+    of = {row["case"]: row for row in content["rows"]}
+    lines = [
+        "The training step of 100 million users and a million items, batch 8,192, through the TPU's own compiler "
+        "([benchmarks/tpu_rehearsal.json](benchmarks/tpu_rehearsal.json)): GB of HBM that it needs, and the least "
+        "milliseconds that a step can take. No TPU was there.",
+        "",
+        f"| model, numbers in a row | {' | '.join(tpu.CHIPS[name.partition(':')[0]]['name'] for name in ONE_CHIP)} |",
+        "|---|" + "---|" * len(ONE_CHIP),
+    ]
+    for model in MODELS:
+        for dim in DIMS:
+            cells = []
+            for topology in ONE_CHIP:
+                found = of[f"{model}, dimension {dim}, {topology}"]
+                fits = found["compiles"] and found["fits"]
+                cells.append(
+                    f"{found['hbm_bytes'] / 1e9:.1f} GB, {found['step_seconds_at_least'] * 1e3:.1f} ms"
+                    if fits
+                    else "does not fit"
+                )
+            lines.append(f"| {model}, {dim} | {' | '.join(cells)} |")
+    block = "\n".join(lines)
+    mark = "from benchmarks/tpu_rehearsal.json"
+    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
+    if "chapter 5" not in of:
+        return text
+    badge = "[![tests](../../actions/workflows/test.yml/badge.svg)](../../actions/workflows/test.yml)"
+    cells = "[5 TPU training](chapters/5_tpu_training.ipynb) | What is a TPU, does my model run on it, does it pay?"
+    cells += f" | CPU, the TPU's compiler | {of['chapter 5']['value']:.0f} | {badge}"
+    return re.sub(r"\| \[?5 TPU training.*\n", f"| {cells} |\n", text, count=1)
+
+
+def main() -> None:
+    """Compile and measure everything, and write the result file."""
+    parser = argparse.ArgumentParser(description="Compile for TPUs that are not there; writes tpu_rehearsal.json.")
+    parser.add_argument("--data-dir", help="not needed here; `make bench` passes it to every benchmark")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="these parts, and keep the others as they are")
+    parser.add_argument("--gpu", action="store_true", help="run the steps on a GPU too; JAX must have one")
+    arguments = parser.parse_args()
+    started_from, path = scale.commit(), ROOT / "benchmarks" / "tpu_rehearsal.json"
+    rows = json.loads(path.read_text())["rows"] if arguments.only and path.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        tpu.CACHE = Path(folder)  # what was compiled before would take no seconds
+        for part in arguments.only or PARTS:
+            start = time.perf_counter()
+            found = [line | {"part": part} for line in globals()[f"{part}_rows"]()]
+            if part == "here" and arguments.gpu:
+                found += [line | {"part": part} for line in here_rows("gpu")]
+            print(f"{part} took {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            rows = [line for line in rows if line.get("part") != part] + found
+            memory = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+            rows = [line for line in rows if line["case"] != f"{part}: peak memory of TensorFlow's process"]
+            case = f"{part}: peak memory of TensorFlow's process"
+            rows.append({"case": case, "value": int(memory) / 1e6, "unit": "GB", "part": part})
+            content = scale.result("tpu_rehearsal", rows, scale="benchmark", dataset="shapes alone")
+            compiler = {name: importlib.metadata.version(name) for name in tpu_compiler.TESTED}
+            content |= {"commit": started_from, "compiler": compiler}
+            scale.write_json(path, content)
+    finish(5, content, readme)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    main()

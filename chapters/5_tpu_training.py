@@ -1,0 +1,505 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. TPU training
+#
+# A TPU is rented by the chip and the hour, the queue for one is long, and a program that does not fit says so when the
+# meter is running. **What is a TPU, does my model run on it, and does it pay?**
+#
+# Nearly all of that can be known without one. The compiler that a TPU uses is a Python package, and it compiles for
+# chips that are not there. At the end of this page you will have
+#
+# - compiled a training step with a table of a hundred million rows for a TPU, on a laptop, in seconds, and learned what
+#   it needs of the chip's memory and how fast it can be at best;
+# - seen why a row of 16 numbers and a chip of 128 lanes do not like each other, and what the compiler does about it;
+# - the rules of static shapes, from programs that break them;
+# - two models on the rooflines of a CPU, GPUs and TPUs, what bounds them, and what an hour may cost for a TPU to pay;
+# - the run itself, by the same cells, on whatever this machine has.
+
+# %% tags=["parameters"]
+SCALE = "small"  # small: simulated, a laptop. medium: real ratings. full: BigQuery, Cloud Storage
+DATASET = "simulated"
+DATA_DIR = "../data"
+SEED = 1
+SPLIT = "auto"  # temporal, leave-one-out; auto: temporal where the ratings have a clock
+PROJECT = ""  # Google Cloud project; "" is the embedded BigQuery
+BUCKET = ""  # Cloud Storage bucket, without gs://
+LOCATION = "US"  # where table and bucket are
+ITEMS_TABLE = ""  # full only: project.dataset.table of item_id, title, genres
+OVERRIDES = ""  # of the config, separated by blanks
+DEVICE = "auto"  # what the run at the end takes: tpu, gpu, cpu, cpus:4, the name of a TPU
+TOPOLOGY = "v6e:1x1"  # what the first program is compiled for
+USERS = 100_000_000  # rows of the tables that are compiled; the data has its own
+ITEMS = 1_000_000
+DIM = 16
+BATCH_SIZE = 8192
+EPOCHS = 2
+ROWS_PER_FILE = 5_000_000  # a file's rows are in memory once, when it is written
+K = 10
+EVALUATED_USERS = 10_000
+RUNS_DIR = "../runs"
+
+# %%
+import functools
+import json
+import shutil
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from recsys_common import tpu
+
+# %% [markdown]
+# The strategy comes before TensorFlow: a TPU's driver reads its environment once, when TensorFlow is imported.
+# `get_strategy` sets it, computes 1 + 1 on every device, and does not return one on which that came from elsewhere.
+
+# %% tags=["nbval-ignore-output"]
+strategy = tpu.get_strategy(DEVICE)
+print(strategy.extended.worker_devices)
+
+# %%
+import tensorflow as tf
+from recsys_common import (
+    bigquery,
+    config,
+    conversion,
+    datasets,
+    embeddings,
+    evaluation,
+    lowering,
+    optimizers,
+    ratings_table,
+    scale,
+    splits,
+    tpu_pictures,
+    training,
+    training_costs,
+)
+from recsys_common.models.matrix_factorization import MatrixFactorization
+
+# %%
+assert tf.__version__.startswith(("2.20", "2.21")), "not this book's TensorFlow: run `make doctor`"
+tf.keras.utils.set_random_seed(SEED)
+tf.__version__
+
+# %% [markdown]
+# ## The whole of it
+#
+# A model with its full tables, the step that trains it, the shapes of a batch, and the compiler's verdict:
+#
+# ```python
+# with lowering.shapes_only():
+#     model = MatrixFactorization(USERS, ITEMS, DIM, user="user", item="item")
+#     step = lowering.step_of(model, optimizers.LazyAdam(second_moment="row"))
+# report = tpu.aot_compile(step, [batch], TOPOLOGY)
+# print(report)
+# ```
+
+# %%
+with lowering.shapes_only():
+    model = MatrixFactorization(USERS, ITEMS, DIM, user="user", item="item")
+    step = lowering.step_of(model, optimizers.LazyAdam(second_moment="row"))
+batch = {name: tf.TensorSpec([BATCH_SIZE], tf.int32) for name in ("user", "item")}
+
+# %% tags=["main-result"]
+report = tpu.aot_compile(step, [batch], TOPOLOGY)
+print(report)
+
+# %% [markdown]
+# No TPU was asked, and no table was made. `shapes_only` gives variables addresses without memory behind them;
+# TensorFlow traced the step and lowered it to HLO, the language that XLA compiles; and `libtpu`, the library that
+# drives a TPU, compiled that for a chip which it only knows from a description. What it says is what it would say on
+# the machine that you pay for: this program runs or it does not, and this is the memory that it needs.
+#
+# The rest of this page is what stands in the report: why it fits, what the copies are, what the bound is worth.
+
+# %% [markdown]
+# ## What a TPU is
+#
+# A chip, in the numbers that matter here. `usable` is the memory that the compiler lets a program have, `FLOPs a byte`
+# what a program must do with each byte from memory for the multipliers to be what it waits for.
+
+# %%
+chips = pd.DataFrame({name: chip for name, chip in tpu.CHIPS.items() if isinstance(chip, dict)}).T
+numbers = chips[["flops", "usable", "bandwidth", "sparse_cores"]].astype(float)
+numbers["FLOPs a byte"] = numbers["flops"] / numbers["bandwidth"]
+numbers = numbers / [1e12, 1e9, 1e9, 1, 1]
+numbers.set_axis(["TFLOP/s", "usable GB", "GB/s", "SparseCores", "FLOPs a byte"], axis=1).round(0)
+
+# %% [markdown]
+# Almost all of those FLOPs are in *matrix units*: squares of multipliers through which a batch flows while the weights
+# stand still. A weight matrix that does not fill the square leaves multipliers without work, and the clock does not
+# care. What the towers of a recommender have to offer:
+
+# %%
+side = int(chips.loc["v6e", "matrix_unit"])
+figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+for axis, (rows, columns) in zip(axes, [(16, 64), (64, 256), (256, 256)]):
+    tpu_pictures.systolic(axis, side, rows, columns)
+
+# %% [markdown]
+# Memory is built for that as well. It is read in tiles of 8 rows by 128 lanes. A table whose rows have 16 numbers, laid
+# out as rows, is one eighth numbers and seven eighths padding; one number more than 128 doubles what a row takes:
+
+# %%
+figure, axis = plt.subplots(figsize=(7, 2.6), layout="constrained")
+_ = tpu_pictures.lanes(axis, [8, 16, 32, 64, 128, 129])
+
+# %% [markdown]
+# Look-ups are what a matrix unit is worst at. For them v5p and v6e (and v4) have *SparseCores*, small processors that
+# fetch rows while the matrix units multiply; v5e, the chip that Colab gives away, has none. And chips are wired into
+# slices, each to its neighbours, so that what one has to send to all others goes round in a ring:
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(6, 3), layout="constrained")
+for axis, side in zip(axes, (2, 4)):
+    tpu_pictures.torus(axis, side, side)
+
+# %% [markdown]
+# ## Where the memory goes
+#
+# The arguments of the program are the tables, their moments, and the batch. The compiler may store an array in any
+# order of its dimensions, and takes the one that pads least: a table of 16 numbers a row lies there as 16 long rows,
+# one for each column, `{0,1}`, and not as a hundred million short ones.
+
+# %%
+names = ["array", "shape", "layout", "GB", "GB as stored"]
+arguments = pd.DataFrame(report.parameters, columns=names).set_index("array")
+arguments[["GB", "GB as stored"]] /= 1e9
+arguments[arguments["GB"] > 0.001].round(3)
+
+# %% [markdown]
+# A look-up wants rows, though. So what does the program do at each step? The moves of the report say it. Here they are
+# for a table of a million rows, of 16, 64 and 128 numbers:
+
+# %%
+compared_dims = {}
+for dim in (16, 64, 128):
+    with lowering.shapes_only():
+        narrow = MatrixFactorization(1_000_000, 100_000, dim, user="user", item="item")
+        step = lowering.step_of(narrow, optimizers.RowWiseAdagrad(0.1))
+    compared_dims[dim] = tpu.aot_compile(step, [batch], TOPOLOGY)
+
+# %%
+parts = {
+    "MB of numbers": [sum(array[3] for array in one.parameters) / 1e6 for one in compared_dims.values()],
+    "MB of temporaries": [one.temporaries / 1e6 for one in compared_dims.values()],
+    "MB moved in a step": [one.bytes / 1e6 for one in compared_dims.values()],
+    "ms a step, at least": [one.step_seconds_at_least * 1e3 for one in compared_dims.values()],
+}
+pd.DataFrame(parts, index=pd.Index(compared_dims, name="numbers in a row")).round(2)
+
+# %%
+for count, operation, what, line in compared_dims[16].moves[:3]:
+    print(f"{count / 1e6:6.0f} MB  {what}\n           {line or operation or 'for the layout'}")
+
+# %% [markdown]
+# At 16 and at 64 numbers the program first copies *the whole table* into rows of 128 lanes, looks up and updates a few
+# thousand of them, and copies the table back. It is the pain of chapter 4 again, a step that costs what the table has,
+# and no optimizer is to blame: it is the layout. At 128 numbers a row fills its lanes, the table stays where it is,
+# and is changed in place. Nobody would guess this from the Python, and a profile would tell it after the bill.
+#
+# Three ways out: rows of 128 numbers; several short rows in one long one; or the tables on the SparseCores, which is
+# what `TPUEmbedding` does (chapter 4 makes its configs from the same description). The compiler cannot be asked about
+# the last here. `sparse_core` is a model, whose assumptions its docstring states:
+
+# %%
+tables = [embeddings.Table("user", USERS, DIM), embeddings.Table("item", ITEMS, DIM)]
+looked_up = {"user": BATCH_SIZE, "item": BATCH_SIZE}
+for topology in ("v5p:1x1x1", "v6e:1x1"):
+    model_of = tpu.sparse_core(tables, slots=2, looked_up=looked_up, topology=topology)
+    print(topology, {name: f"{value:.3g}" for name, value in model_of.items()})
+
+# %% [markdown]
+# ## What does not compile
+#
+# A TPU program is compiled once, for one set of shapes, and has the operations that XLA has. Five programs that break
+# a rule, and what they are told. The first three do not get past their arguments:
+
+# %%
+told = {}
+for name, spec in {
+    "a string": tf.TensorSpec([BATCH_SIZE], tf.string),
+    "bytes": tf.TensorSpec([BATCH_SIZE], tf.uint8),
+    "a last batch of any size": tf.TensorSpec([None], tf.int32),
+}.items():
+    told[name] = tpu.aot_compile(lambda batch: batch["user"], [{"user": spec}]).error
+
+# %%
+for name, error in told.items():
+    print(f"{name}: {textwrap.fill(error.splitlines()[-1].strip(), 100)}")
+
+
+# %% [markdown]
+# The fourth turns numbers into text, which XLA cannot; the fifth drops what it does not like, and how much that is
+# nobody knows beforehand.
+
+
+# %%
+def hashes(batch):
+    return tf.strings.to_hash_bucket_fast(tf.strings.as_string(batch["user"]), 100)
+
+
+def drops(batch):
+    return tf.reduce_sum(tf.boolean_mask(batch["user"], batch["user"] > 0))
+
+
+# %%
+refused = tpu.aot_compile(hashes, [batch])
+print(*[textwrap.fill(line, 100) for line in refused.error.splitlines()[1:]], sep="\n")
+print("\n".join(tpu.aot_compile(drops, [batch]).warnings))
+
+# %% [markdown]
+# The last one compiles: XLA knows how many rows there can be at most, computes with all of them, and remembers the
+# number that counts. That is slower than it looks, and not every operation remembers.
+#
+# And one that breaks no rule but your budget, the tutorial's optimizer on a large table:
+
+# %%
+with lowering.shapes_only():
+    model = MatrixFactorization(USERS, ITEMS, DIM, user="user", item="item")
+    step = lowering.step_of(model, tf.keras.optimizers.Adam())
+dense = tpu.aot_compile(step, [batch], TOPOLOGY)
+print(textwrap.fill("\n".join(dense.warnings), 100))
+
+# %%
+print(textwrap.fill((dense.error or str(dense)).splitlines()[0], 100))
+
+# %% [markdown]
+# ## Which models, on which chips
+#
+# The benchmark asked this of two models, matrix factorization and a two-tower network whose user has a history of 50
+# items, with a hundred million users and a million items, of each generation.
+
+# %%
+benchmark = json.loads(Path("../benchmarks/tpu_rehearsal.json").read_text())
+of = pd.DataFrame(benchmark["rows"]).set_index("case")
+single = of[of["part"] == "models"]
+print(benchmark["compiler"], benchmark["date"][:10])
+
+# %%
+state = np.where(single["compiles"] & single["fits"], "", "does not fit")
+shown = (single["hbm_bytes"] / 1e9).map("{:.1f} GB, ".format)
+shown += (single["step_seconds_at_least"] * 1e3).map("{:.1f} ms".format)
+shown = shown.where(state == "", state)
+index = [single["model"], single["dim"].astype(int), single["topology"]]
+shown.set_axis(pd.MultiIndex.from_arrays(index)).unstack().rename_axis(columns=None)
+
+# %% [markdown]
+# Milliseconds are the least that a step can take. What bounds it? A program stands on the *roofline* of a chip where
+# its FLOPs for each byte put it: left of the ridge it waits for memory, right of it for the multipliers.
+
+# %%
+machines = {chip["name"]: chip for name, chip in tpu.CHIPS.items() if name in ("v5e", "v5p", "v6e")}
+machines |= {chip["name"]: chip for chip in tpu.CHIPS["others"]}
+rates = of[of.index.str.startswith("cpu: ") & of["model"].isna()]["value"]
+machines["this CPU, measured"] = {"flops": rates["cpu: flops"], "bandwidth": rates["cpu: bandwidth"]}
+
+# %%
+runs_there = single[single["compiles"] & single["fits"] & single["topology"].ne("v4:1x1x1")]
+points = [
+    (row["model"], row["flops"] / row["bytes"], tpu.CHIPS[row["topology"].split(":")[0]]["name"])
+    for _, row in runs_there.iterrows()
+]
+
+# %%
+figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+axis = tpu_pictures.roofline(axis, machines, points)
+_ = axis.set_title("Training steps on the rooflines of chips")
+
+# %% [markdown]
+# All of them stand on the slope. For every byte these steps do a handful of FLOPs, and a TPU would like hundreds: it
+# is memory that is paid for, and the multipliers wait.
+#
+# ## How far to trust the bound
+#
+# A bound of FLOPs and bytes is arithmetic, and arithmetic can be checked where there is a machine. The same programs,
+# with tables of a million rows, ran on this CPU through XLA. The rates of the CPU were measured by two programs, a
+# product and a sum; the prediction is FLOPs and bytes one after the other, since a CPU overlaps little.
+
+# %%
+here = of[of.index.str.startswith("cpu: ")][["value", "min", "max"]]
+ratio = here[here.index.str.endswith("measured / predicted")]
+ratio.index = ratio.index.str.removeprefix("cpu: ").str.removesuffix(": measured / predicted")
+ratio.set_axis(["measured / predicted", "from", "to"], axis=1).round(2)
+
+# %% [markdown]
+# Within a factor of three, which is what one may read into the bounds of chips: the order of them, and what they are
+# bound by, not their second digit.
+#
+# ## More chips
+#
+# What one chip has no room for, a slice may have. The batch is split among the chips; tables stand whole on each chip,
+# or each chip has a share of the rows and asks the others for what it lacks. The program is XLA's own, by GSPMD.
+
+# %%
+slices = of[of["part"] == "slices"]
+slices = slices[["compiles", "fits", "hbm_bytes", "bytes", "between_chips", "step_seconds_at_least"]]
+slices[["hbm_bytes", "bytes", "between_chips"]] /= [1e9, 1e6, 1e6]
+slices["step_seconds_at_least"] *= 1e3
+names = ["compiles", "fits", "GB a chip", "MB moved", "MB between chips", "ms, at least"]
+slices.set_axis(names, axis=1).astype(float).round(1).astype({"compiles": bool, "fits": bool})
+
+# %% [markdown]
+# ## What changes if something changes
+#
+# One chip, one model, one change at a time:
+
+# %%
+variants = of[of["part"] == "variants"]
+base = of.loc[["matrix factorization, dimension 16, v6e:1x1"]].rename(lambda case: "as above")
+variants = pd.concat([base, variants.rename(lambda case: case.removeprefix("variant "))])
+columns = {"rows": 1, "arguments": 1e9, "temporaries": 1e9, "bytes": 1e6, "step_seconds_at_least": 1e-3}
+table = variants[list(columns)].astype(float) / list(columns.values())
+table["M rows/s, at most"] = table["rows"] / table["step_seconds_at_least"] / 1e3
+names = ["rows a step", "GB arguments", "GB temporaries", "MB moved", "ms, at least"]
+table.set_axis([*names, "M rows/s, at most"], axis=1).round(2)
+
+# %% [markdown]
+# ## Does it pay?
+#
+# What a billion examples take, in hours of one chip, which is what is paid for. The bound is divided by a
+# *utilisation*, the share of it that a real program reaches. Nobody has measured that here, so it is a curve. The CPU's
+# step was measured, by chapter 4's benchmark, and its cores feed it as well.
+
+# %%
+compared, notes = training_costs.machines()
+wanted = [one for one in compared if one.model == "matrix factorization, dimension 16"]
+shares = training_costs.UTILISATIONS
+
+# %%
+figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+for one in wanted:
+    hours = [training_costs.chip_hours(one, 1e9, share) for share in shares]
+    axis.plot(shares, hours, marker="o", label=one.name + (", measured" if one.measured else ""))
+axis.set(yscale="log", xlabel="utilisation, an assumption", ylabel="chip-hours for 1e9 examples")
+_ = axis.legend(fontsize=8)
+
+# %% [markdown]
+# An hour of a chip replaces so many hours of this CPU. If the price of one is less than so many times the price of the
+# other, it pays; and the last column says how many rows a second the input must deliver for the chip not to wait.
+# The prices are yours to look up (`recsys_common/prices.json` has none that nobody has read).
+
+# %%
+cpu = next(one for one in wanted if one.kind == "cpu")
+rows = {
+    one.name: [training_costs.break_even_price(one, cpu, share) for share in (0.1, 0.5, 1.0)]
+    + [training_costs.input_needed(one, 0.5) / 1e6, training_costs.bound_by(one, 0.5)]
+    for one in wanted
+    if one.kind != "cpu"
+}
+names = [f"CPU hours at {share:.0%}" for share in (0.1, 0.5, 1.0)]
+pd.DataFrame(rows, index=[*names, "input, M rows/s", "bound by"]).T
+
+# %% [markdown]
+# `python -m recsys_common.costs --chapter 5 --price-tpu-v6e 2.7 --price-cpu 0.1` prints the whole plan with prices of
+# yours.
+#
+# ## The run
+#
+# The same model on real rows, by the loop of chapter 4, on the device of the first cell. With `DEVICE = "tpu"` on a TPU
+# VM or a TPU runtime of Colab these are the cells that run there; `requirements-tpu.txt` is what to install.
+
+# %%
+warehouse = bigquery.connect(PROJECT, BUCKET, location=LOCATION)
+tables = datasets.load(DATASET, DATA_DIR, rows=scale.SIMULATED_ROWS.get(SCALE, 0), seed=SEED)
+ratings_table.load(warehouse, tables, ITEMS_TABLE)
+splits.split(warehouse, SPLIT, tables.time)
+loaded = warehouse.count("ratings")
+
+# %%
+overrides = [f"seed={SEED}", f"model.embedding_dim={DIM}", f"training.epochs={EPOCHS}"]
+overrides += [f"data.shards={max(8, loaded // ROWS_PER_FILE)}", "optimizer.learning_rate=0.02"]
+overrides += ["training.batch_size=1024"] if SCALE == "small" else []
+settings = config.Config.default(SCALE).override(*overrides, *OVERRIDES.split())
+
+# %%
+pieces = 1 + loaded // 100_000_000  # one worker should not number hundreds of millions of ids
+warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=pieces)
+warehouse.run("examples.sql", shards=settings.data.shards)
+items = warehouse.read("item_vocabulary").sort_by("item_index").to_pandas()
+num_users = int(warehouse.read("user_vocabulary").to_pandas()["user_index"].max()) + 1
+frequency = np.concatenate([[0], items[items["item_index"] > 0]["frequency"]])
+
+# %%
+folder = warehouse.local(f"{warehouse.storage}/chapter-5/train")
+source = conversion.TableShards(warehouse, settings.data.table, {"split": settings.data.split})
+train_files = conversion.convert(folder, source, settings.record_columns(), seed=SEED)
+settings = settings.with_rows({"user": num_users, "item": len(frequency)})
+
+# %% [markdown]
+# Before it starts, the rehearsal: the config that will run, with the rows that it has, for the chip that will run it.
+
+# %%
+[rehearsed] = tpu.rehearse(settings, [TOPOLOGY])
+print(str(rehearsed).splitlines()[0], f"{rehearsed.hbm_bytes / 1e9:.2f} GB", rehearsed.bound)
+
+# %%
+stride = max(1, num_users // EVALUATED_USERS)
+warehouse.run("evaluation_pairs.sql", stride=stride)
+pairs = warehouse.read("evaluation_pairs").to_pandas()
+asked = pairs[pairs["asked"]][["user_index", "item_index"]].to_numpy().T
+seen = pairs[~pairs["asked"]][["user_index", "item_index"]].to_numpy().T
+
+
+# %%
+def rank(model):
+    return evaluation.evaluate(model.scores, *asked, *seen, len(frequency), K)
+
+
+# %%
+run_folder = scale.run_folder(RUNS_DIR, SCALE, "chapter-5") / "training"
+shutil.rmtree(run_folder, ignore_errors=True)
+make_model = functools.partial(settings.build, frequency)
+run = training.train(
+    settings, make_model, {"train": train_files}, strategy, folder=run_folder, evaluate=rank
+)
+
+# %%
+floor = evaluation.evaluate(
+    lambda block: np.tile(frequency, (len(block), 1)), *asked, *seen, len(frequency), K
+)[f"NDCG@{K}"]
+print(f"popularity {floor:.3f}")
+pd.DataFrame(run.evaluations).set_index("epoch")[[f"NDCG@{K}", f"HR@{K}"]].round(3)
+
+# %% [markdown]
+# ## Summary
+#
+# - A TPU is multipliers in squares, memory in tiles of 8 by 128, and on some chips SparseCores for look-ups.
+# - Whether a step compiles, fits, and what it costs at least is known before a chip is rented:
+#   `tpu.aot_compile(step, [batch], "v6e:1x1")`, or `python -m recsys_common.tpu` for a config.
+# - Static shapes, no strings, no bytes; what must be text or ragged stays on the host.
+# - Narrow rows cost a copy of their table in each step, unless they fill 128 lanes or lie on SparseCores.
+# - Matrix factorization and the two-tower network wait for memory on every chip. What a TPU offers them is its
+#   bandwidth, not its FLOPs, and the input pipeline must keep up with it.
+#
+# ## Exercises
+#
+# 1. Compile the first program for `v5e:1x1`. Does it fit? What of it must change so that it has room to spare?
+# 2. Put eight rows of 16 numbers into one of 128 (`tf.gather` of `id // 8`, then the part `id % 8`). What do the moves of
+#    the report say now, and what did you pay for it in gradients?
+# 3. `python -m recsys_common.tpu --rows user=100000000 item=1000000 --vary training.batch_size=2048,32768`: which part
+#    of the step grows with the batch, and which with its square? How would you make the loss cheaper?
+# 4. Take a training step of your own model and compile it. If it does not compile, mend it; if it does, find its
+#    largest move.
+# 5. Look up three prices, of a TPU, a GPU and a CPU machine, and find who wins at 10, 30 and 100% utilisation.
+
+# %%
+best = max(line[f"NDCG@{K}"] for line in run.evaluations)
+values = {"lazy adam NDCG@10": (best, ""), "popularity NDCG@10": (floor, "")}
+values |= {"HBM of the first program": (report.hbm_bytes / 1e9, "GB")}
+values |= {f"{dim} numbers: moved": (one.bytes / 1e6, "MB") for dim, one in compared_dims.items()}
+scale.record_metrics(RUNS_DIR, SCALE, "chapter-5", values, dataset=DATASET)
+warehouse.close()
