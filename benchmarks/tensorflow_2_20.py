@@ -3,9 +3,10 @@
     python benchmarks/tensorflow_2_20.py          (make bench)
 
 Writes benchmarks/tensorflow_2_20.json. The packages of requirements-tpu.txt, and those of requirements.txt that it has
-not, which run notebooks, are installed into build/tensorflow-2.20: 3 GB. TensorFlow there is tensorflow-tpu, the build
-of TPU machines, on this machine's processor; it waits 5 s for a TPU in every process that computes. The chapters run
-in a copy of this repository, at the small scale.
+not, which run notebooks, are installed into build/tensorflow-2.20: 5 GB. TensorFlow there is tensorflow-tpu, the build
+of TPU machines, on this machine's processor; it waits 5 s for a TPU in every process that computes. It cannot compile
+for a processor by XLA, which chapter 5's compile check begins with: that chapter has the same version's build for
+processors, `tensorflow`. The chapters run in a copy of this repository, at the small scale.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from recsys_common import scale
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "tensorflow-2.20"
-CHAPTERS = (1, 4, 5)
+CHAPTERS = {1: "tensorflow-tpu", 4: "tensorflow-tpu", 5: "tensorflow"}  # chapter -> build of TensorFlow
 METRICS = {1: "matrix factorization NDCG@10", 4: "lazy adam NDCG@10"}  # of a chapter, shown beside its seconds
 USERS, ITEMS, DIM, BATCH, STEPS, K = 5000, 800, 16, 256, 20, 10
 
@@ -42,10 +43,12 @@ def entries(lock: Path) -> dict[str, str]:
 
 
 def python_2_20() -> Path:
-    """The Python that has TensorFlow 2.20; makes the environment if there is none, or one of an older lock."""
+    """The Python that has TensorFlow 2.20; makes the environment if there is none, or one of an older lock.
+
+    `tensorflow` has the same files as tensorflow-tpu: it is beside them, in FOLDER/processor.
+    """
     of_tpu, of_book = (entries(ROOT / name) for name in ("requirements-tpu.txt", "requirements.txt"))
-    # `tensorflow` has the same files as tensorflow-tpu. The compile check of chapter 5 takes the lock's libtpu, and
-    # TensorFlow none (`environment`).
+    # The compile check takes the other lock's libtpu, and TensorFlow none (`environment`).
     both = of_book | of_tpu | {"libtpu": of_book["libtpu"]}
     lock = "".join(block for name, block in sorted(both.items()) if name != "tensorflow")
     python, installed = FOLDER / "bin" / "python", FOLDER / "installed.txt"
@@ -54,16 +57,22 @@ def python_2_20() -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER], check=True)
         (FOLDER / "lock.txt").write_text(lock)
         options = ["--no-deps", "--require-hashes", "--requirement", FOLDER / "lock.txt"]
-        subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", *options], check=True)
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "-qq", "install"]
+        subprocess.run([*pip, *options], check=True)
+        same = of_tpu["tensorflow-tpu"].split()[0].replace("-tpu", "")
+        subprocess.run([*pip, "--no-deps", "--target", FOLDER / "processor", same], check=True)
         (FOLDER / "lock.txt").rename(installed)
     return python
 
 
-def environment(root: Path) -> dict[str, str]:
-    """For a process of either version that imports the code under `root` and uses the processor."""
-    # TPU_LIBRARY_PATH: tensorflow-tpu aborts at import when it finds a libtpu as new as the compile check's.
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "RECSYS_PROGRESS": "0"}
-    return os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "-1", "TPU_LIBRARY_PATH": "/dev/null"} | quiet
+def environment(root: Path, build: str) -> dict[str, str]:
+    """For a process of either Python that imports the code under `root` and uses the processor."""
+    own = {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3", "RECSYS_PROGRESS": "0"}
+    if build == "tensorflow":
+        own["PYTHONPATH"] += f"{os.pathsep}{FOLDER / 'processor'}"
+    else:  # it aborts at import where it finds a libtpu as new as the compile check's
+        own["TPU_LIBRARY_PATH"] = "/dev/null"
+    return os.environ | own
 
 
 # Chapters ----------------------------------------------------------------------------------------------
@@ -80,18 +89,18 @@ def chapter_rows(python: Path) -> list[dict]:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, copy / name)
     rows = []
-    for chapter in CHAPTERS:
+    for chapter, build in CHAPTERS.items():
         if not list((copy / "chapters").glob(f"{chapter}_*.py")):
             print(f"chapter {chapter} is not there yet", file=sys.stderr)
             continue
         command = [python, copy / "tools" / "book.py", "run", str(chapter), "--force"]
-        done = subprocess.run(command, env=environment(copy), stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, env=environment(copy, build), stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"chapter {chapter} under TensorFlow 2.20:\n{done.stdout}")
         folder = copy / "runs" / "small" / f"chapter-{chapter}"
         run, metrics = (json.loads((folder / name).read_text()) for name in ("run.json", "metrics.json"))
-        found, about = metrics["versions"], {"tensorflow": metrics["versions"]["tensorflow-tpu"]}
-        assert about["tensorflow"].startswith("2.20"), f"chapter {chapter} ran with {found}"
+        found, about = metrics["versions"], {"build": build}
+        assert found[build].startswith("2.20") and found["tf-keras"].startswith("2.20"), f"{build}: {found}"
         name = f"chapter {chapter}"
         rows += [
             {"case": name, "value": run["seconds"], "unit": "s"} | about,
@@ -116,7 +125,9 @@ def crossing_rows(python: Path) -> list[dict]:
         def child(does: str, version: str, saved_by: str) -> dict[str, np.ndarray]:
             place = Path(folder) / saved_by
             command = [pythons[version], __file__, "--child", does, place]
-            done = subprocess.run(command, env=environment(ROOT), stderr=subprocess.PIPE, text=True, check=False)
+            done = subprocess.run(
+                command, env=environment(ROOT, "tensorflow-tpu"), stderr=subprocess.PIPE, text=True, check=False
+            )
             if done.returncode:
                 raise SystemExit(f"{does} by {version}, saved by {saved_by}:\n{done.stderr[-3000:]}")
             bar.update()

@@ -146,7 +146,7 @@ numbers.set_axis(["TFLOP/s", "usable GB", "GB/s", "SparseCores", "FLOPs a byte"]
 # %%
 side = int(chips.loc["v6e", "matrix_unit"])
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
-for axis, (rows, columns) in zip(axes, [(16, 64), (64, 256), (256, 256)]):
+for axis, (rows, columns) in zip(axes, [(16, 64), (64, 256), (256, 256)], strict=True):
     tpu_pictures.systolic(axis, side, rows, columns)
 
 # %% [markdown]
@@ -164,7 +164,7 @@ _ = tpu_pictures.lanes(axis, [8, 16, 32, 64, 128, 129])
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6, 3), layout="constrained")
-for axis, side in zip(axes, (2, 4)):
+for axis, side in zip(axes, (2, 4), strict=True):
     tpu_pictures.torus(axis, side, side)
 
 # %% [markdown]
@@ -182,11 +182,11 @@ arguments[arguments["GB"] > 0.001].round(3)
 
 # %% [markdown]
 # A look-up wants rows, though. So what does the program do at each step? The moves of the report say it. Here they are
-# for a table of a million rows, of 16, 64 and 128 numbers:
+# for tables of a million rows, with 16 and with 128 numbers:
 
 # %%
 compared_dims = {}
-for dim in (16, 64, 128):
+for dim in (16, 128):
     with lowering.shapes_only():
         narrow = MatrixFactorization(1_000_000, 100_000, dim, user="user", item="item")
         step = lowering.step_of(narrow, optimizers.RowWiseAdagrad(0.1))
@@ -194,7 +194,9 @@ for dim in (16, 64, 128):
 
 # %%
 parts = {
-    "MB of numbers": [sum(array[3] for array in one.parameters) / 1e6 for one in compared_dims.values()],
+    "MB of numbers": [
+        sum(array[3] for array in one.parameters) / 1e6 for one in compared_dims.values()
+    ],
     "MB of temporaries": [one.temporaries / 1e6 for one in compared_dims.values()],
     "MB moved in a step": [one.bytes / 1e6 for one in compared_dims.values()],
     "ms a step, at least": [one.step_seconds_at_least * 1e3 for one in compared_dims.values()],
@@ -206,7 +208,7 @@ for count, operation, what, line in compared_dims[16].moves[:3]:
     print(f"{count / 1e6:6.0f} MB  {what}\n           {line or operation or 'for the layout'}")
 
 # %% [markdown]
-# At 16 and at 64 numbers the program first copies *the whole table* into rows of 128 lanes, looks up and updates a few
+# At 16 numbers the program first copies *the whole table* into rows of 128 lanes, looks up and updates a few
 # thousand of them, and copies the table back. It is the pain of chapter 4 again, a step that costs what the table has,
 # and no optimizer is to blame: it is the layout. At 128 numbers a row fills its lanes, the table stays where it is,
 # and is changed in place. Nobody would guess this from the Python, and a profile would tell it after the bill.
@@ -259,7 +261,7 @@ def drops(batch):
 # %%
 refused = tpu.aot_compile(hashes, [batch])
 print(*[textwrap.fill(line, 100) for line in refused.error.splitlines()[1:]], sep="\n")
-print("\n".join(tpu.aot_compile(drops, [batch]).warnings))
+print(*[textwrap.fill(line, 100) for line in tpu.aot_compile(drops, [batch]).warnings], sep="\n")
 
 # %% [markdown]
 # The last one compiles: XLA knows how many rows there can be at most, computes with all of them, and remembers the
@@ -272,10 +274,10 @@ with lowering.shapes_only():
     model = MatrixFactorization(USERS, ITEMS, DIM, user="user", item="item")
     step = lowering.step_of(model, tf.keras.optimizers.Adam())
 dense = tpu.aot_compile(step, [batch], TOPOLOGY)
-print(textwrap.fill("\n".join(dense.warnings), 100))
+print(*[textwrap.fill(line, 100) for line in dense.warnings[0].splitlines()], sep="\n")
 
 # %%
-print(textwrap.fill((dense.error or str(dense)).splitlines()[0], 100))
+print(*str(dense).splitlines()[:4], sep="\n")
 
 # %% [markdown]
 # ## Which models, on which chips
@@ -305,7 +307,10 @@ shown.set_axis(pd.MultiIndex.from_arrays(index)).unstack().rename_axis(columns=N
 machines = {chip["name"]: chip for name, chip in tpu.CHIPS.items() if name in ("v5e", "v5p", "v6e")}
 machines |= {chip["name"]: chip for chip in tpu.CHIPS["others"]}
 rates = of[of.index.str.startswith("cpu: ") & of["model"].isna()]["value"]
-machines["this CPU, measured"] = {"flops": rates["cpu: flops"], "bandwidth": rates["cpu: bandwidth"]}
+machines["this CPU, measured"] = {
+    "flops": rates["cpu: flops"],
+    "bandwidth": rates["cpu: bandwidth"],
+}
 
 # %%
 runs_there = single[single["compiles"] & single["fits"] & single["topology"].ne("v4:1x1x1")]
@@ -346,7 +351,9 @@ ratio.set_axis(["measured / predicted", "from", "to"], axis=1).round(2)
 
 # %%
 slices = of[of["part"] == "slices"]
-slices = slices[["compiles", "fits", "hbm_bytes", "bytes", "between_chips", "step_seconds_at_least"]]
+slices = slices[
+    ["compiles", "fits", "hbm_bytes", "bytes", "between_chips", "step_seconds_at_least"]
+]
 slices[["hbm_bytes", "bytes", "between_chips"]] /= [1e9, 1e6, 1e6]
 slices["step_seconds_at_least"] *= 1e3
 names = ["compiles", "fits", "GB a chip", "MB moved", "MB between chips", "ms, at least"]
@@ -361,7 +368,13 @@ slices.set_axis(names, axis=1).astype(float).round(1).astype({"compiles": bool, 
 variants = of[of["part"] == "variants"]
 base = of.loc[["matrix factorization, dimension 16, v6e:1x1"]].rename(lambda case: "as above")
 variants = pd.concat([base, variants.rename(lambda case: case.removeprefix("variant "))])
-columns = {"rows": 1, "arguments": 1e9, "temporaries": 1e9, "bytes": 1e6, "step_seconds_at_least": 1e-3}
+columns = {
+    "rows": 1,
+    "arguments": 1e9,
+    "temporaries": 1e9,
+    "bytes": 1e6,
+    "step_seconds_at_least": 1e-3,
+}
 table = variants[list(columns)].astype(float) / list(columns.values())
 table["M rows/s, at most"] = table["rows"] / table["step_seconds_at_least"] / 1e3
 names = ["rows a step", "GB arguments", "GB temporaries", "MB moved", "ms, at least"]
@@ -488,8 +501,8 @@ pd.DataFrame(run.evaluations).set_index("epoch")[[f"NDCG@{K}", f"HR@{K}"]].round
 # ## Exercises
 #
 # 1. Compile the first program for `v5e:1x1`. Does it fit? What of it must change so that it has room to spare?
-# 2. Put eight rows of 16 numbers into one of 128 (`tf.gather` of `id // 8`, then the part `id % 8`). What do the moves of
-#    the report say now, and what did you pay for it in gradients?
+# 2. Put eight rows of 16 numbers into one of 128 (`tf.gather` of `id // 8`, then the part `id % 8`). What do the moves
+#    of the report say now, and what did you pay for it in gradients?
 # 3. `python -m recsys_common.tpu --rows user=100000000 item=1000000 --vary training.batch_size=2048,32768`: which part
 #    of the step grows with the batch, and which with its square? How would you make the loss cheaper?
 # 4. Take a training step of your own model and compile it. If it does not compile, mend it; if it does, find its

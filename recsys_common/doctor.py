@@ -33,6 +33,7 @@ LOCK = Path(__file__).parent.parent / "requirements.txt"
 TPU_LOCK = "pip install --no-deps --require-hashes -r requirements-tpu.txt"
 # As TPU_ACCELERATOR_TYPE begins, such as v5litepod-8.
 GENERATIONS = {"v5litepod": "v5e", "v4": "v4", "v5p": "v5p", "v6e": "v6e", "tpu7x": "tpu7x"}
+COLUMNS = ("TPUStrategy", "TPUEmbedding")  # of tpu_matrix.json
 
 
 class Skip(Exception):
@@ -121,11 +122,12 @@ def tpu() -> str:
     needs = ", ".join(f"{name} {version}" for name, version in wanted.items())
     chips = _tpu_chips()
     if not chips:
-        can = "; ".join(f"{row['generation']} {_can(row)}" for row in rows)
-        raise Skip(f"none here; chapter 5 compiles for one all the same. One needs {needs} ({matrix['read']}). {can}")
+        able = {name: [row["generation"] for row in rows if row[name] not in ("no", "not known")] for name in COLUMNS}
+        can = ", ".join(f"{name} on {' '.join(generations)}" for name, generations in able.items())
+        raise Skip(f"none here; chapter 5 compiles for one all the same. Training on one takes {needs}: {can}")
     kind = os.environ.get("TPU_ACCELERATOR_TYPE", "")
     generation = GENERATIONS.get(kind.partition("-")[0], "")
-    row = next((row for row in rows if row["generation"] == generation), {"TPUStrategy": "not known"})
+    row = next((row for row in rows if row["generation"] == generation), dict.fromkeys(COLUMNS, "not known"))
     wrong = [f"{name} {_installed(name) or 'missing'}" for name in wanted if _installed(name) != wanted[name]]
     if _installed("tensorflow"):
         wrong.append("tensorflow over the files of tensorflow-tpu")
@@ -134,7 +136,9 @@ def tpu() -> str:
             f"{chips} chips ({kind or 'kind not told'}), but {', '.join(wrong)}; expected {needs} and no tensorflow: "
             f"run `{TPU_LOCK}` in an environment of its own"
         )
-    return f"{chips} chips, {generation or kind or 'of a generation not told'}: {needs}; {_can(row)}"
+    return f"{chips} chips, {generation or kind or 'of a generation not told'}: {needs}; " + ", ".join(
+        f"{name} {row[name]}" for name in COLUMNS
+    )
 
 
 def _tpu_chips() -> int:
@@ -143,11 +147,6 @@ def _tpu_chips() -> int:
     if "TPU_ACCELERATOR_TYPE" in os.environ:
         chips += Path("/dev/vfio").glob("[0-9]*")
     return len(chips)
-
-
-def _can(row: dict) -> str:
-    """A row of the matrix in a few words."""
-    return ", ".join(f"{name} {row[name]}" for name in ("TPUStrategy", "TPUEmbedding") if name in row)
 
 
 def embedded_bigquery() -> str:

@@ -63,9 +63,9 @@ class Shape:
 
     @property
     def main(self) -> int:
-        """Bytes as stored, if that is in the main memory of the device; else 0."""
+        """Bytes to read it, in the main memory of the device; 0 if it is elsewhere. Of a scalar not the whole tile."""
         space = re.search(r"S\((\d+)\)", self.layout)
-        return 0 if space and space[1] != "0" else self.stored
+        return 0 if space and space[1] != "0" else self.stored if self.dims else self.plain
 
     def __str__(self):
         return f"{self.dtype}[{','.join(f'{length:,}' for length in self.dims)}]"

@@ -13,7 +13,9 @@ Needs: optimizers.py embeddings.py
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import linecache
 import mmap
 import re
@@ -29,6 +31,7 @@ from recsys_common import optimizers
 
 # tf-keras sums duplicate ids by tf.unique, whose length XLA bounds by that of its argument.
 BOUNDED = ("Unique", "UniqueV2", "UnsortedSegmentSum", "Placeholder")
+CALLS = ("PartitionedCall", "StatefulPartitionedCall", "If", "StatelessIf", "While", "StatelessWhile", "Case")
 REFUSED = ("string", "uint8", "resource", "variant", "float64", "complex128")  # by a TPU, as an argument of a step
 
 
@@ -56,10 +59,11 @@ def shapes_only(at_least: int = 2**20) -> Iterator[None]:
 
     def creator(make, initial_value=None, dtype=None, shape=None, **options):
         value = initial_value
-        if callable(value):  # traced for its shape, not computed
+        given = shape is not None and tf.TensorShape(shape).is_fully_defined() and dtype is not None
+        if callable(value) and not given:  # traced for its shape, not computed
             with tf.__internal__.FuncGraph("shape").as_default():
                 value = tf.convert_to_tensor(value(), dtype)
-        size = tf.TensorShape(getattr(value, "shape", ()))
+        size = tf.TensorShape(shape if given else getattr(value, "shape", np.shape(value)))
         symbolic = tf.is_tensor(value) and not callable(initial_value) and not hasattr(value, "numpy")
         if (size.num_elements() or 0) >= at_least or symbolic:
             with tf.init_scope():
@@ -81,7 +85,8 @@ def step_of(model, optimizer) -> Callable:
     with shapes_only(), tf.__internal__.FuncGraph("slots").as_default():  # initial values are not computed
         parts = getattr(optimizer, "_optimizers_and_vars", [(optimizer, lambda: model.trainable_variables)])
         for part, variables in parts:
-            part.build(variables() if callable(variables) else variables)
+            build = part.build if hasattr(part, "build") else part._create_all_weights  # of tf.keras.optimizers.legacy
+            build(variables() if callable(variables) else variables)
 
     def step(batch):
         with tf.GradientTape() as tape:
@@ -111,7 +116,7 @@ class Lowered:
 
     def line(self, operation: str) -> str:
         """The line of Python that made an operation of the compiled program; "" if none is known."""
-        return self.lines.get(operation) or self.lines.get(operation.split("/")[-1], "")
+        return _line(operation, self.lines)
 
 
 def lower(step: Callable, arguments: Sequence) -> Lowered:
@@ -141,23 +146,28 @@ def lower(step: Callable, arguments: Sequence) -> Lowered:
     except ValueError as error:
         warnings.append(str(error))
     lines = _lines(concrete.graph)
-    for operation in _operations(concrete.graph):
+    for outside, inside in concrete.graph.captures:
+        data = outside._handle_data
+        if outside.dtype == tf.resource and not (data and data.shape_and_type):
+            used = [each.name for each in inside.consumers()] or [inside.op.name]
+            table = f"Detected unsupported operations when trying to compile: a lookup table in {{{{node {used[0]}}}}}"
+            raise Refused(explained(table, lines))
+    for name, operation in _operations(concrete.graph):
         vague = [output.shape for output in operation.outputs if not _known(output)]
-        if vague and all(map(_known, operation.inputs)) and operation.type not in BOUNDED:
-            name = f"{operation.name} ({operation.type})"
-            where = lines.get(operation.name, "a library")
+        if vague and all(map(_known, operation.inputs)) and operation.type not in (*BOUNDED, *CALLS):
+            where = lines.get(name, "a library")
             warnings.append(
-                f"{name} has a shape that is known only when it runs, {vague[0]}: {where}\n"
+                f"{name} ({operation.type}) has a shape that is known only when it runs, {vague[0]}: {where}\n"
                 "  XLA computes with the largest that it can have, and some operations on it are wrong without a word"
             )
     try:
         text, hlo = (function.experimental_get_compiler_ir(*specs)(stage=each) for each in ("hlo", "hlo_serialized"))
     except Exception as error:  # TensorFlow's errors here are of every type
         raise Refused(explained(f"{type(error).__name__}: {error}", lines)) from None
-    of = {id(each.handle): each for each in concrete.graph.variables}
-    captured = [of.get(id(each), each) for each in concrete.captured_inputs]
-    variables = [(getattr(each, "name", "a constant").partition(":")[0], each.shape, each.dtype) for each in captured]
+    named = {id(each.handle): each.name.partition(":")[0] for each in concrete.graph.variables}
+    variables = [_captured(each, named) for each in concrete.captured_inputs]
     text = re.sub(r"__inference_\w+|a_inference_\w+(\.\d+)?", "step", text)
+    text = re.sub(r"((?:cond|while|case)_(?:true|false|cond|body|branch\d+))_\d+", r"\1", text)
     return Lowered(hlo, text, batch, values, variables, lines, tuple(warnings))
 
 
@@ -169,10 +179,9 @@ def explained(message: str, lines: dict[str, str]) -> str:
     short = re.sub(r"\s*The op is created at:.*", "", short, flags=re.DOTALL)  # `lines` knows better
     short = "\n".join(line for line in short.splitlines() if line.strip() and "stack trace" not in line)[:1200]
     named = re.findall(r"\{\{node ([^}]*)\}\}", message) + re.findall(r'op_name="([^"]*)"', message)
-    made = dict.fromkeys(lines.get(name) or lines.get(name.split("/")[-1]) for name in named)
-    meaning = (errors.explained(message) or "").replace("\nWhere: not in code of yours", "")
-    where = [] if "Where:" in meaning else [f"made in {line}" for line in made if line]
-    return "\n".join(filter(None, [short, *where, meaning]))
+    made = dict.fromkeys(line for name in named if (line := _line(name, lines)))
+    meaning = re.sub(r"\nWhere: .*", "", errors.explained(message) or "")  # of lowering.py, or of no file at all
+    return "\n".join(filter(None, [short, *(f"Made in {line}" for line in made), meaning]))
 
 
 def _spec(value) -> tf.TypeSpec:
@@ -196,6 +205,13 @@ def _fault(name: str, spec: tf.TypeSpec) -> str:
     return ""
 
 
+def _captured(tensor: tf.Tensor, named: dict[int, str]) -> tuple[str, tf.TensorShape, tf.DType]:
+    if tensor.dtype != tf.resource:
+        return "a constant", tensor.shape, tensor.dtype
+    [held] = tensor._handle_data.shape_and_type  # of a variable
+    return named.get(id(tensor), "a variable"), tf.TensorShape(held.shape), tf.as_dtype(held.dtype)
+
+
 def _known(tensor: tf.Tensor) -> bool:
     return tensor.dtype in (tf.resource, tf.variant) or tensor.shape.is_fully_defined()
 
@@ -211,23 +227,58 @@ def _paths(nest, path=()) -> Iterator[tuple]:
         yield path
 
 
-def _operations(graph) -> Iterator[tf.Operation]:
-    for function in graph._functions.values():
-        yield from _operations(function.graph)
-    yield from graph.get_operations()
+def _operations(graph, within: str = "") -> Iterator[tuple[str, tf.Operation]]:
+    """Those of a graph and of the functions that it calls, by the names that XLA gives them."""
+    for operation in graph.get_operations():
+        yield within + operation.name, operation
+        for value in operation.node_def.attr.values() if operation.type in CALLS else ():
+            for called in (value.func, *value.list.func):
+                if function := graph._functions.get(called.name):  # names in a branch or a loop begin with the call's
+                    inside = f"{within}{operation.name}/" if "PartitionedCall" in operation.type else within
+                    yield from _operations(function.graph, inside)
 
 
 def _lines(graph) -> dict[str, str]:
     """Operation -> line: the innermost one of the step that is no library's, or else a library's."""
     found, library = {}, re.compile(r"site-packages|dist-packages|/lib/python")
-    for operation in _operations(graph):
-        frames = list(operation.traceback)
+    for name, operation in _operations(graph):
+        frames = list(operation.traceback or [])  # what TensorFlow puts in to match up two branches has none
         begin = max((number for number, frame in enumerate(frames) if frame.filename == __file__), default=-1)
         frames = [frame for frame in frames[begin + 1 :] if "/tensorflow/python/" not in frame.filename]
         frames = [frame for frame in frames if not library.search(frame.filename)] or frames
         if frames:
-            code = linecache.getline(frames[-1].filename, frames[-1].lineno).strip()
-            place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
-            for name in (operation.name, operation.name.split("/")[-1]):
-                found.setdefault(name, f"{place}: {code[:80]}" if code else place)
+            number = _statement(frames[-1].filename, frames[-1].lineno)
+            code = linecache.getline(frames[-1].filename, number).strip()
+            place = f"{Path(frames[-1].filename).name}, line {number}"
+            place = f"{place}: {code[:80]}" if code else place
+            # Both branches of a condition may have an operation of this name.
+            found[name] = place if found.get(name, place) == place else f"{found[name]}, or {place}"
     return found
+
+
+def _line(operation: str, lines: dict[str, str]) -> str:
+    """Of an operation as XLA calls it: behind what called it, and after others that it was found equal to."""
+    for name in reversed(operation.split(";")):
+        _, _, forward = name.partition("gradient_tape/")
+        while forward := forward.rpartition("/")[0]:
+            if line := lines.get(forward):
+                return f"the gradient of {line}"
+        parts = name.split("/")
+        for begin in range(len(parts)):
+            if line := lines.get("/".join(parts[begin:])):
+                return line
+    return ""
+
+
+def _statement(file: str, line: int) -> int:
+    """The first line of the statement; AutoGraph gives its last one."""
+    with contextlib.suppress(SyntaxError):  # a cell with a magic in it
+        starts = [each.lineno for each in _statements(file) if each.lineno <= line <= each.end_lineno]
+        return max(starts, default=line)
+    return line
+
+
+@functools.cache
+def _statements(file: str) -> list[ast.stmt]:
+    nodes = ast.walk(ast.parse("".join(linecache.getlines(file))))
+    return [node for node in nodes if isinstance(node, ast.stmt) and not hasattr(node, "body")]

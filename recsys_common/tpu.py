@@ -126,7 +126,7 @@ class Report:
             parts = ", ".join(f"{name} {value:.2f}" for name, value in gb.items() if value >= 0.005)
             available = f" of {self.available / 1e9:.1f}" if self.available else ""
             over = "" if self.fits else ", which does NOT fit"
-            lines.append(f"  HBM     {self.hbm_bytes / 1e9:.2f} GB{available}{over} ({parts})")
+            lines.append(f"  HBM     {self.hbm_bytes / 1e9:.2f} GB{available}{over}{f' ({parts})' if parts else ''}")
             lines.append(f"  a step  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:,.3g} MB through memory")
             if self.between_chips:
                 lines[-1] += f", {self.between_chips / 1e6:,.3g} MB between chips"
@@ -171,7 +171,7 @@ def aot_compile(
     if wrong := tpu_compiler.missing(topology):
         raise RuntimeError(wrong)
     chip = topology.partition(":")[0]
-    if topology not in ("cpu", "gpu") and chip not in CHIPS:
+    if topology not in ("cpu", "gpu") and not isinstance(CHIPS.get(chip), dict):
         known = ", ".join(each["topology"] for each in CHIPS.values() if isinstance(each, dict))
         raise ValueError(f"topology {topology!r}: no such chip; one chip of each is {known}; four are v5e:2x2")
     from recsys_common import lowering
@@ -193,15 +193,22 @@ def aot_compile(
         "warnings": lowered.warnings,
     }
     result = _compiled({"topology": topology, "shard": shard, "seconds": seconds}, lowered, progress)
+    if result.get("error", "").startswith("LookupError"):
+        raise ValueError(result["error"].removeprefix("LookupError: "))
     if "error" in result:
         error = lowering.explained(result["error"], lowered.lines)
         if "HbmOom" in error:
             sizes = {name: hlo.compact(tuple(shape), dtype.name) / 1e9 for name, shape, dtype in shapes}
             largest = sorted(sizes, key=sizes.get)[:-5:-1]
             error += f"\nArguments alone are {known['arguments'] / 1e9:.1f} GB of {known['available'] / 1e9:.1f}: "
-            error += ", ".join(f"{name} {sizes[name]:.2f}" for name in largest)
+            error += ", ".join(f"{name} {sizes[name]:.2f} GB" for name in largest)
         return Report(topology, False, error, **known)
     parameters, moves = result.pop("parameters"), sorted(result.pop("moves"), key=lambda move: -move[0])
+    if known["rows"] % result["chips"]:
+        uneven = f"{known['rows']} rows do not divide by {result['chips']} chips: on TPUs the batch has to"
+        known["warnings"] += (uneven,)
+    for loop in result.pop("counted_once"):
+        known["warnings"] += (f"of a loop the compiler counts the FLOPs of one trip, {lowered.line(loop)}",)
     rates = ("flops", "bandwidth", "interconnect")
     return Report(
         topology,
@@ -209,7 +216,7 @@ def aot_compile(
         **known | result,
         bytes=sum(count for count, _, _, between in moves if not between),
         between_chips=sum(count for count, _, _, between in moves if between),
-        parameters=tuple((name, *found) for (name, *_), found in zip(shapes, parameters, strict=False)),
+        parameters=tuple((name, *found) for (name, *_), found in zip(shapes, parameters, strict=True)),
         moves=tuple((count, operation, what, lowered.line(operation)) for count, operation, what, _ in moves[:12]),
         peak={name: CHIPS[chip][name] for name in rates} if chip in CHIPS else {},
     )
@@ -242,7 +249,7 @@ def _compiled(job: dict, lowered, progress: bool) -> dict:
         if not (folder / "result.json").exists():
             raise RuntimeError(f"the compiler ended with {done.returncode}: {done.stderr[-2000:]}")
         text = (folder / "result.json").read_text()
-    if "error" in json.loads(text):  # perhaps this machine's
+    if "error" in json.loads(text) or job["seconds"]:  # perhaps this machine's
         return json.loads(text)
     CACHE.mkdir(parents=True, exist_ok=True)
     beside = cached.with_suffix(f".{os.getpid()}")

@@ -67,8 +67,10 @@ def compiled(job: dict) -> dict:
 
     # A v4 chip's two cores work as one device, which libtpu has to be told.
     how = {"chip_config_name": "megacore"} if job["topology"].startswith("v4") else {}
-    devices = jax.devices() if here else topologies.get_topology_desc(job["topology"], "tpu", **how).devices
-    devices = devices[:1] if here else devices
+    try:
+        devices = jax.devices()[:1] if here else topologies.get_topology_desc(job["topology"], "tpu", **how).devices
+    except Exception as error:  # of the asker, not of the step
+        raise LookupError(f"topology {job['topology']!r}: {error}") from None
     computation = xla_client.XlaComputation(Path(job["hlo"]).read_bytes())
     stable = xla_client._xla.mlir.xla_computation_to_mlir_module(computation)
     # TensorFlow's copies of outputs have no StableHLO counterpart; a reshape to the same shape is the identity.
@@ -100,14 +102,28 @@ def compiled(job: dict) -> dict:
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "compiler_memory": _high_water(),
-        "flops": cost["flops"],
-        "compiler_bytes": cost["bytes accessed"],
+        "flops": cost.get("flops", 0.0),
+        "compiler_bytes": cost.get("bytes accessed", 0.0),
+        "counted_once": _counted_once(program),
         "parameters": [[str(shape), shape.layout, shape.plain, shape.stored] for shape in program.parameters()],
         "moves": [[move.bytes, move.operation, move.what, move.between_chips] for move in program.moves()],
     }
     if here and job.get("seconds"):
         result["steps"] = _run(executable, devices[0], program, job)
     return result
+
+
+def _counted_once(program: Program) -> list[str]:
+    """Operations of the model that are loops with products in them, of which XLA counts the FLOPs of one trip."""
+
+    def multiplies(name: str | None) -> bool:
+        inside = program.computations.get(name or "", {}).values()
+        called = (one.attribute(key) for one in inside for key in ("calls", "to_apply", "body"))
+        return any(one.opcode in ("dot", "convolution") for one in inside) or any(map(multiplies, called))
+
+    every = [one for computation in program.computations.values() for one in computation.values()]
+    loops = [one for one in every if one.opcode == "while" and multiplies(one.attribute("body"))]
+    return [(re.search(r'op_name="([^"]*)"', one.line) or ["", ""])[1] for one in loops]
 
 
 def _high_water() -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("road", "data_export", "input_pipeline", "embeddings", "data_service")
+NAMES = ("road", "data_export", "input_pipeline", "embeddings", "data_service", "tensorflow_2_20")
 CONTENTS = [json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) for name in NAMES]
-ROAD, EXPORT, PIPELINE, TABLES, SERVICE = CONTENTS
+ROAD, EXPORT, PIPELINE, TABLES, SERVICE, OLDER = CONTENTS
 sys.path.append(str(ROOT / "benchmarks"))  # the scripts share _finish.py
 REAL = ("ml-latest-small", "ml-latest-small split=leave-one-out", "ml-1m")
 
@@ -267,3 +267,48 @@ def test_random_configs_and_killed_runs(tables):
 
 def test_chapter_4_is_as_fast_as_promised(tables):
     assert tables["chapter 4"]["value"] < 75 and tables["chapter 4: peak memory"]["value"] < 4000
+
+
+# tensorflow_2_20 ---------------------------------------------------------------------------------------
+
+
+def test_the_chapters_run_on_the_tensorflow_of_tpu_machines():
+    from test_gate import BANDS
+
+    lock = set(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements-tpu.txt").read_text(), re.M))
+    assert OLDER["other versions"]["tensorflow-tpu"] == "2.20.0" and set(OLDER["other versions"].items()) <= lock
+    older = script("tensorflow_2_20")
+    there = [number for number in older.CHAPTERS if list((ROOT / "chapters").glob(f"{number}_*.py"))]
+    rows = {row["case"]: row for row in OLDER["rows"]}
+    for number in there:
+        assert rows[f"chapter {number}"]["build"] == older.CHAPTERS[number], "make bench"
+        assert rows[f"chapter {number}"]["value"] < 150 and rows[f"chapter {number}: peak memory"]["value"] < 4000
+        if number in older.METRICS:
+            low, high = BANDS[number][older.METRICS[number]]
+            assert low <= rows[f"chapter {number}: {older.METRICS[number]}"]["value"] <= high
+
+
+def test_saved_models_and_checkpoints_cross_both_ways():
+    rows = {row["case"]: row for row in OLDER["rows"]}
+    for way in ("2.20 -> 2.21", "2.21 -> 2.20"):
+        saved, checkpoint = (
+            rows[f"SavedModel {way}: largest difference"],
+            rows[f"checkpoint {way}: largest difference of a loss"],
+        )
+        assert set(saved["each"]) == {"score", "best", "tower"} and min(saved["largest value"].values()) > 0.01
+        assert saved["value"] <= 1e-6 and rows[f"SavedModel {way}: lists equal"]["value"] == 1
+        assert checkpoint["value"] <= 1e-6 * checkpoint["largest value"] and checkpoint["steps"] == 20
+    # tf-keras's own reader, unlike TensorFlow's, knows only what it knew when it was made.
+    works = [rows[f"tf-keras load_model {way}: works"]["value"] for way in ("2.20 -> 2.21", "2.21 -> 2.20")]
+    assert works == [1, 0] and "optional" in rows["tf-keras load_model 2.21 -> 2.20: works"]["error"]
+
+
+def test_the_benchmark_of_two_versions_installs_one_of_each_package(tmp_path):
+    older = script("tensorflow_2_20")
+    (tmp_path / "lock").write_text(
+        "a==1 \\\n    --hash=sha256:0\n    # via b\nb==2 ; x == 'y' \\\n    --hash=sha256:1\n# end\n"
+    )
+    assert older.entries(tmp_path / "lock") == {
+        "a": "a==1 \\\n    --hash=sha256:0\n    # via b\n",
+        "b": "b==2 ; x == 'y' \\\n    --hash=sha256:1\n",
+    }

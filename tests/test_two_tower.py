@@ -276,7 +276,6 @@ def test_a_hundred_million_users_are_lowered_without_memory():
     lowered = lowering.lower(step, [made.features.batch_spec(128)])
     shapes = {name: tuple(shape) for name, shape, _ in lowered.variables}
     assert shapes["user"] == (100_000_000, 64) and shapes["user/moments"] == (100_000_000, 65)
-    assert lowered.text.count("parameter(") and "f32[100000000,64]" in lowered.text
-    print(lowered.warnings)
+    assert "f32[100000000,64]" in lowered.text and lowered.warnings == ()  # nothing dense, nothing of unknown shape
     resident = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
     assert int(resident[1]) / 1e6 < 4  # GB, where the tables and slots alone are 51.6

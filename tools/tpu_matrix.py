@@ -150,8 +150,8 @@ def main() -> None:
     packages = [package("tensorflow-tpu", each, libtpus, tf_keras) for each in versions("tensorflow-tpu")]
     content = {
         "read": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "note": "Written by tools/tpu_matrix.py. `packages`: their metadata; `libtpu there`: the oldest and the newest on "
-        "the package index that fit; `tf-keras`: the newest of the same minor version. `works`: its FACTS, by version.",
+        "note": "Written by tools/tpu_matrix.py. `packages`: their metadata; `libtpu there`: the oldest and the "
+        "newest on the package index that fit; `tf-keras`: the newest of the same minor version. `works`: its FACTS.",
         "tensorflow": tensorflow[0],
         "packages": packages,
         "import": IMPORTS,
