@@ -167,7 +167,7 @@ def lower(step: Callable, arguments: Sequence) -> Lowered:
     named = {id(each.handle): each.name.partition(":")[0] for each in concrete.graph.variables}
     variables = [_captured(each, named) for each in concrete.captured_inputs]
     text = re.sub(r"__inference_\w+|a_inference_\w+(\.\d+)?", "step", text)
-    text = re.sub(r"((?:cond|while|case)_(?:true|false|cond|body|branch\d+))_\d+", r"\1", text)
+    text = re.sub(r"((?:cond|while|case)_(?:true|false|cond|body|branch\d+)(?:_grad)?)_\d+", r"\1", text)
     return Lowered(hlo, text, batch, values, variables, lines, tuple(warnings))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("road", "data_export", "input_pipeline", "embeddings", "data_service", "tensorflow_2_20")
+NAMES = ("road", "data_export", "input_pipeline", "embeddings", "tpu_rehearsal", "data_service", "tensorflow_2_20")
 CONTENTS = [json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) for name in NAMES]
-ROAD, EXPORT, PIPELINE, TABLES, SERVICE, OLDER = CONTENTS
+ROAD, EXPORT, PIPELINE, TABLES, REHEARSAL, SERVICE, OLDER = CONTENTS
 sys.path.append(str(ROOT / "benchmarks"))  # the scripts share _finish.py
 REAL = ("ml-latest-small", "ml-latest-small split=leave-one-out", "ml-1m")
 
@@ -40,7 +40,7 @@ def test_it_was_measured_with_the_locked_versions(content):
     assert content["machine"]["cores"] == 2 and re.fullmatch(r"[0-9a-f]{12}\+?", content["commit"])
 
 
-@pytest.mark.parametrize("content", CONTENTS[:4], ids=NAMES[:4])
+@pytest.mark.parametrize("content", CONTENTS[:5], ids=NAMES[:5])
 def test_the_readme_quotes_it(content):
     page = (ROOT / "README.md").read_text()
     rendered = script(content["name"]).readme(content, page)
@@ -267,6 +267,45 @@ def test_random_configs_and_killed_runs(tables):
 
 def test_chapter_4_is_as_fast_as_promised(tables):
     assert tables["chapter 4"]["value"] < 75 and tables["chapter 4: peak memory"]["value"] < 4000
+
+
+# tpu_rehearsal -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    return {row["case"]: row for row in REHEARSAL["rows"]}
+
+
+def test_every_model_was_compiled_for_every_chip_in_time(rehearsed):
+    """Under 3 minutes and 6 GB each, tables of 100 million rows included."""
+    from recsys_common import tpu_compiler
+
+    assert REHEARSAL["compiler"] == tpu_compiler.TESTED
+    bench = script("tpu_rehearsal")
+    for model in bench.MODELS:
+        for dim in bench.DIMS:
+            for topology in bench.ONE_CHIP:
+                row = rehearsed[f"{model}, dimension {dim}, {topology}"]
+                assert row["seconds_to_compile"] < 180 and row["compiler_memory"] < 6e9
+                assert row["arguments"] > 100e6 * dim * 4 * 2  # the table and its first moment
+                assert row["compiles"] or "HbmOom" in row["error"]
+                if row["compiles"] and row["fits"]:
+                    assert row["hbm_bytes"] <= row["available"] and row["step_seconds_at_least"] > 0
+                    assert row["bound"] in ("compute", "memory", "interconnect")
+    assert all(row["value"] < 6 for case, row in rehearsed.items() if case.endswith("TensorFlow's process"))
+
+
+def test_flops_and_bytes_predict_this_cpu_within_a_factor_of_three(rehearsed):
+    ratios = [row for case, row in rehearsed.items() if case.endswith("measured / predicted")]
+    assert len(ratios) == 6 and all(1 / 3 < row["value"] < 3 for row in ratios)
+
+
+def test_what_chapter_5_says_of_its_tables(rehearsed):
+    for case, row in rehearsed.items():
+        if row.get("part") == "models" and row["compiles"] and row["fits"]:
+            assert row["bound"] == "memory", case
+    assert rehearsed["chapter 5"]["value"] < 100 and rehearsed["chapter 5: peak memory"]["value"] < 4000
 
 
 # tensorflow_2_20 ---------------------------------------------------------------------------------------
