@@ -8,7 +8,7 @@
 
 tpu.py compiles it. What no compiler will take is refused here, with the argument or the line of Python it is about.
 
-Needs: optimizers.py embeddings.py
+Needs: training_step.py optimizers.py embeddings.py
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from recsys_common import optimizers
+from recsys_common.training_step import trained
 
 # tf-keras sums duplicate ids by tf.unique, whose length XLA bounds by that of its argument.
 BOUNDED = ("Unique", "UniqueV2", "UnsortedSegmentSum", "Placeholder")
@@ -78,24 +79,17 @@ def shapes_only(at_least: int = 2**20) -> Iterator[None]:
 
 
 def step_of(model, optimizer) -> Callable:
-    """The training step of a `tfrs.Model` as `training.train` takes it: batch -> loss, gradients applied.
+    """The training step of a `tfrs.Model` that `training.train` runs (`training_step.trained`): a function of a batch.
 
-    The optimizer's slots are made here, without memory where they are large.
+    The optimizer's slots are made here, without memory where they are large, and its shapes are static, as XLA wants.
     """
     with shapes_only(), tf.__internal__.FuncGraph("slots").as_default():  # initial values are not computed
         parts = getattr(optimizer, "_optimizers_and_vars", [(optimizer, lambda: model.trainable_variables)])
         for part, variables in parts:
             build = part.build if hasattr(part, "build") else part._create_all_weights  # of tf.keras.optimizers.legacy
             build(variables() if callable(variables) else variables)
-
-    def step(batch):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(model.compute_loss(batch, training=True)) + sum(model.losses)
-        variables = model.trainable_variables
-        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-        return loss
-
-    return step
+            part.static_shapes = True  # those of optimizers.py know it
+    return functools.partial(trained, model, optimizer)
 
 
 class Refused(Exception):

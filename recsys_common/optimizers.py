@@ -54,6 +54,10 @@ class _RowSparse(tf.keras.optimizers.Optimizer):
     `_rule(g, slots, rate) -> (what to take off the rows, [the slots' new rows])`, with g float32 [n, width].
     """
 
+    # Of tf.unique, by which tf-keras sums duplicate ids, XLA makes a loop of one trip for each id. True: sum them by a
+    # sort, and write the row of an id as often as it is there, each time the same. Set it under XLA and on a TPU.
+    static_shapes = False
+
     def __init__(self, name, learning_rate, weight_decay, clip_norm, **settings):
         # jit_compile: XLA would compile anew for every number of distinct ids (tf-keras asks for it on a GPU).
         super().__init__(name=name, weight_decay=weight_decay, jit_compile=False)
@@ -103,8 +107,13 @@ class _RowSparse(tf.keras.optimizers.Optimizer):
 
         return super().apply_gradients([(wide(g), variable) for g, variable in grads_and_vars], *args, **kwargs)
 
+    def _deduplicate_sparse_grad(self, gradients):
+        if not self.static_shapes:
+            return super()._deduplicate_sparse_grad(gradients)
+        return [_summed(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+
     def update_step(self, gradient, variable):
-        """Change the rows that a gradient touches; tf-keras has summed duplicate ids by now."""
+        """Change the rows that a gradient touches; duplicate ids are summed by now."""
         index, ids = self._index_dict[self._var_key(variable)], None
         if isinstance(gradient, tf.IndexedSlices):
             gradient, ids = gradient.values, gradient.indices
@@ -118,7 +127,8 @@ class _RowSparse(tf.keras.optimizers.Optimizer):
         width = _width(variable)
         g = tf.reshape(tf.cast(gradient, tf.float32), [-1, width])
         if self.clip_norm is not None:
-            g = tf.clip_by_norm(g, self.clip_norm)
+            once = g * tf.cast(_first(ids), tf.float32)[:, None] if self.static_shapes and ids is not None else g
+            g *= self.clip_norm / tf.maximum(tf.norm(once), self.clip_norm)
         rate = tf.cast(self.learning_rate, tf.float32)
         rows = tf.reshape(tf.cast(read(variable), tf.float32), [-1, width])
         # A mirrored variable cannot be read by rows, the copy that stands on this device can.
@@ -143,6 +153,20 @@ class _RowSparse(tf.keras.optimizers.Optimizer):
     def _rate_after(self, steps):
         schedule = isinstance(self._learning_rate, tf.keras.optimizers.schedules.LearningRateSchedule)
         return self._learning_rate(steps) if schedule else self._learning_rate
+
+
+def _summed(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Sorted by id, each id as often as before, with the sum of its rows in each place."""
+    order = tf.argsort(gradient.indices, stable=True)
+    ids, count = tf.gather(gradient.indices, order), tf.size(order)
+    number = tf.cumsum(tf.cast(_first(ids), tf.int32)) - 1
+    sums = tf.math.unsorted_segment_sum(tf.gather(gradient.values, order), number, count)
+    return tf.IndexedSlices(tf.gather(sums, number), ids, gradient.dense_shape)
+
+
+def _first(ids: tf.Tensor) -> tf.Tensor:
+    """bool [n]: where sorted ids are not those before."""
+    return tf.concat([tf.ones_like(ids[:1], tf.bool), ids[1:] != ids[:-1]], 0)
 
 
 def _width(variable) -> int:

@@ -74,6 +74,9 @@ def optimizer(config, model: tf.keras.Model, steps: int) -> tfrs.experimental.op
         options |= {"second_moment": chosen.second_moment, "correct_skipped": chosen.correct_skipped}
     rows = ROWS[chosen.name](rate(chosen.learning_rate), **options)
     rows.begin = begin  # is saved with it
+    rows.static_shapes = config.training.jit_compile or isinstance(
+        tf.distribute.get_strategy(), tf.distribute.TPUStrategy
+    )
     dense_rate = rate(chosen.dense_learning_rate or chosen.learning_rate)
     dense = DENSE[chosen.dense_name](dense_rate, clipnorm=chosen.clip_norm)
     parts = [(rows, functools.partial(variables, True)), (dense, functools.partial(variables, False))]

@@ -47,6 +47,31 @@ def start_rows(rows=ROWS, dim=DIM, seed=9):
     return np.random.default_rng(seed).uniform(-0.05, 0.05, (rows, dim)).astype(np.float32)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("make", [LazyAdam, RowWiseAdagrad, Adagrad])
+def test_static_shapes_change_nothing(make, jit_compile, dtype):
+    """Duplicate ids summed by a sort, for XLA, and not by tf.unique: the same table, and slots."""
+    gradients, found = steps(), []
+    for static in (False, True):
+        optimizer = make(0.05, clip_norm=0.7, weight_decay=0.1)
+        optimizer.static_shapes = static
+        variable = tf.Variable(tf.cast(start_rows(), dtype), name="table")
+        optimizer.build([variable])
+
+        @tf.function(jit_compile=jit_compile and static)
+        def train(ids, values, optimizer=optimizer, variable=variable):
+            optimizer.apply_gradients([(tf.IndexedSlices(values, ids, tf.constant([ROWS, DIM])), variable)])
+
+        for ids, values in gradients:
+            train(tf.constant(ids), tf.constant(values, dtype))
+        found.append([tf.cast(each, tf.float32).numpy() for each in (variable, *optimizer.slots(variable))])
+    for plain, static in zip(*found, strict=True):
+        # A last digit more or less of a sum may round to the other neighbour in bfloat16.
+        np.testing.assert_allclose(plain, static, rtol=1e-4, atol=1e-6 if dtype == "float32" else 4e-3)
+    assert abs(found[0][0] - start_rows()).max() > 0.05
+
+
 # --- the equations ----------------------------------------------------------------------------------------------
 
 
