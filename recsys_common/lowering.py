@@ -122,8 +122,11 @@ def lower(step: Callable, arguments: Sequence) -> Lowered:
 
     Raises:
       Refused: an argument that a TPU does not take, or an operation that XLA does not have.
+      TypeError: `arguments` is no list.
       Others of the step pass: they are the step's own.
     """
+    if not isinstance(arguments, list | tuple):  # of a dict, its keys would be taken
+        raise TypeError(f"arguments is a {type(arguments).__name__}, expected a list of what the step takes: [batch]")
     given = tf.nest.flatten(list(arguments))
     values = {n: np.asarray(each) for n, each in enumerate(given) if isinstance(each, tf.Tensor | np.ndarray)}
     arguments = tf.nest.map_structure(_spec, list(arguments))
@@ -161,7 +164,7 @@ def lower(step: Callable, arguments: Sequence) -> Lowered:
     named = {id(each.handle): each.name.partition(":")[0] for each in concrete.graph.variables}
     variables = [_captured(each, named) for each in concrete.captured_inputs]
     text = re.sub(r"__inference_\w+|a_inference_\w+(\.\d+)?", "step", text)
-    text = re.sub(r"((?:cond|while|case)_(?:true|false|cond|body|branch\d+)(?:_grad)?)_\d+", r"\1", text)
+    text = re.sub(r"((?:cond|while|case)_(?:true|false|cond|body|branch\d+))(?:_\d+)?(_grad)?_\d+", r"\1\2", text)
     return Lowered(hlo, text, batch, values, variables, lines, tuple(warnings))
 
 

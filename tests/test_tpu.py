@@ -196,6 +196,11 @@ def test_a_gradient_as_long_as_a_large_table_is_a_warning_with_optimizer_and_tab
         assert "LazyAdam" in found[0]
 
 
+def test_a_batch_that_is_not_in_a_list():
+    with pytest.raises(TypeError, match=r"arguments is a dict, expected a list of what the step takes: \[batch\]"):
+        lowering.lower(lambda batch: batch["x"], {"x": tf.TensorSpec([64])})
+
+
 def test_errors_of_the_step_itself_pass():
     with pytest.raises(KeyError, match="nowhere"):
         lowering.lower(lambda batch: batch["nowhere"], [{"x": tf.TensorSpec([64])}])
