@@ -142,6 +142,17 @@ class Program:
                 found += [(trips, _operation(one)), *self.loops(one.attribute("body"), trips)]
         return found
 
+    def counted_once(self) -> list[str]:
+        """Operations of the model that are loops with products in them, of which XLA counts the FLOPs of one trip."""
+
+        def multiplies(name: str | None) -> bool:
+            inside = self.computations.get(name or "", {}).values()
+            called = (one.attribute(key) for one in inside for key in ("calls", "to_apply", "body"))
+            return any(one.opcode in ("dot", "convolution") for one in inside) or any(map(multiplies, called))
+
+        every = [one for computation in self.computations.values() for one in computation.values()]
+        return [_operation(one) for one in every if one.opcode == "while" and multiplies(one.attribute("body"))]
+
     def _trips(self, one: Instruction) -> int:
         """As the compiler says; else the constant that the loop's condition compares with; else 1."""
         if said := re.search(r'known_trip_count":\{"n":"(\d+)"', one.line):

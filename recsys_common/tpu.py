@@ -23,32 +23,30 @@ Needs: hlo.py tpu_compiler.py lowering.py optimizers.py errors.py embeddings.py 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import gzip
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from recsys_common import hlo, tpu_compiler
+from recsys_common import hlo, scale, tpu_compiler
+from recsys_common.devices import get_strategy as get_strategy  # it is asked for as tpu.get_strategy
 
 CHIPS = json.loads((Path(__file__).parent / "chips.json").read_text())
+LONG_LOOP = 1000  # trips
 CACHE = Path(os.environ.get("RECSYS_CACHE", Path.home() / ".cache" / "recsys_common")) / "tpu"
-# What TensorFlow's PJRT plugin for TPUs reads at import (keras-io, distributed_embedding_tf, run on a v6e).
-ENVIRONMENT = {
-    "PJRT_DEVICE": "TPU",
-    "NEXT_PLUGGABLE_DEVICE_USE_C_API": "true",
-    "TF_XLA_FLAGS": "--tf_mlir_enable_mlir_bridge=true --tf_mlir_enable_convert_control_to_data_outputs_pass=true "
-    "--tf_mlir_enable_merge_control_flow_pass=true",
-}
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,10 @@ def aot_compile(
       RuntimeError: jax and libtpu are not there in the versions that tpu_compiler.py was tested with.
       ValueError: a topology that libtpu does not know.
     """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("tensorflow-tpu")
+        told = f"tensorflow-tpu {version} cannot lower a step: compile where the plain tensorflow is, train here"
+        return Report(topology, False, told)
     if wrong := tpu_compiler.missing(topology):
         raise RuntimeError(wrong)
     chip = topology.partition(":")[0]
@@ -203,34 +205,44 @@ def aot_compile(
             error += f"\nArguments alone are {known['arguments'] / 1e9:.1f} GB of {known['available'] / 1e9:.1f}: "
             error += ", ".join(f"{name} {sizes[name]:.2f} GB" for name in largest)
         return Report(topology, False, error, **known)
-    parameters, moves = result.pop("parameters"), sorted(result.pop("moves"), key=lambda move: -move[0])
-    if known["rows"] % result["chips"]:
-        uneven = f"{known['rows']} rows do not divide by {result['chips']} chips: on TPUs the batch has to"
-        known["warnings"] += (uneven,)
-    for loop in result.pop("counted_once"):
-        known["warnings"] += (f"of a loop the compiler counts the FLOPs of one trip, {lowered.line(loop)}",)
+    program = hlo.Program(result.pop("text"))
+    moves = sorted(program.moves(), key=lambda move: -move.bytes)
+    known["warnings"] += tuple(_notes(program, lowered, known["rows"], result["chips"]))
     rates = ("flops", "bandwidth", "interconnect")
     return Report(
         topology,
         True,
         **known | result,
-        bytes=sum(count for count, _, _, between in moves if not between),
-        between_chips=sum(count for count, _, _, between in moves if between),
-        parameters=tuple((name, *found) for (name, *_), found in zip(shapes, parameters, strict=True)),
-        moves=tuple((count, operation, what, lowered.line(operation)) for count, operation, what, _ in moves[:12]),
+        bytes=sum(move.bytes for move in moves if not move.between_chips),
+        between_chips=sum(move.bytes for move in moves if move.between_chips),
+        parameters=tuple(
+            (name, str(found), found.layout, found.plain, found.stored)
+            for (name, *_), found in zip(shapes, program.parameters(), strict=True)
+        ),
+        moves=tuple((move.bytes, move.operation, move.what, lowered.line(move.operation)) for move in moves[:12]),
         peak={name: CHIPS[chip][name] for name in rates} if chip in CHIPS else {},
     )
 
 
+def _notes(program: hlo.Program, lowered, rows: int, chips: int) -> Iterator[str]:
+    """What the figures of a report leave out."""
+    if rows % chips:
+        yield f"{rows} rows do not divide by {chips} chips: on TPUs the batch has to"
+    for loop in program.counted_once():
+        yield f"of a loop the compiler counts the FLOPs of one trip, {lowered.line(loop)}"
+    for trips, loop in program.loops():
+        if trips >= LONG_LOOP:
+            made = lowered.line(loop) or loop
+            yield f"a loop of {trips:,} trips, one after the other, which no bound here counts: {made}"
+
+
 def _compiled(job: dict, lowered, progress: bool) -> dict:
     """Ask the compiler, or the cache of its answers."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (tpu_compiler, hlo))
-    key = hashlib.sha256(json.dumps([job, lowered.text, tpu_compiler.TESTED]).encode() + sources).hexdigest()[:24]
-    cached = CACHE / f"{key}.json"
+    source = Path(tpu_compiler.__file__).read_bytes()
+    key = hashlib.sha256(json.dumps([job, lowered.text, tpu_compiler.TESTED]).encode() + source).hexdigest()[:24]
+    cached = CACHE / f"{key}.json.gz"
     if cached.exists() and not job["seconds"]:
-        return json.loads(cached.read_text())
-    if progress and sys.stderr.isatty():
-        print(f"compiling for {job['topology']} ...", file=sys.stderr, flush=True)
+        return json.loads(gzip.decompress(cached.read_bytes()))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "step.hlo").write_bytes(lowered.hlo)
@@ -242,132 +254,36 @@ def _compiled(job: dict, lowered, progress: bool) -> dict:
         # Buffers that a run leaves are kept for the next one: fresh pages are slower than any arithmetic on them.
         keep = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | (keep if job["seconds"] else {})
-        done = subprocess.run(
-            [sys.executable, "-m", "recsys_common.tpu_compiler", str(folder / "job.json"), str(folder / "result.json")],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        if not (folder / "result.json").exists():
-            raise RuntimeError(f"the compiler ended with {done.returncode}: {done.stderr[-2000:]}")
-        text = (folder / "result.json").read_text()
-    if "error" in json.loads(text) or job["seconds"]:  # perhaps this machine's
-        return json.loads(text)
+        _run([str(folder / "job.json"), str(folder / "result.json")], environment, progress and job["topology"])
+        result = json.loads((folder / "result.json").read_text())
+        if "error" not in result:
+            result["text"] = (folder / "optimized.txt").read_text()
+    if "error" in result or job["seconds"]:  # perhaps this machine's
+        return result
     CACHE.mkdir(parents=True, exist_ok=True)
     beside = cached.with_suffix(f".{os.getpid()}")
-    beside.write_text(text)
+    beside.write_bytes(gzip.compress(json.dumps(result).encode(), 1))
     beside.rename(cached)
-    return json.loads(text)
+    return result
 
 
-# A strategy -------------------------------------------------------------------------------------------
-
-
-def get_strategy(device: str = "auto"):
-    """The `tf.distribute` strategy of a device, which has computed something before it is returned.
-
-    Args:
-      device: "auto": TPUs if this machine and its TensorFlow have them, else GPUs, else the CPU; "cpu"; "cpus:4",
-        logical devices that share this CPU, to rehearse replicas; "gpu", all of them; "tpu", the chips of this machine
-        (a TPU VM, a Colab TPU runtime); or the name of a TPU. For a TPU call this before anything imports TensorFlow,
-        which reads its environment once.
-
-    Raises:
-      RuntimeError: the device is not there, not the one asked for, or cannot be used any more in this process.
-    """
-    installed = {each.metadata["Name"] for each in importlib.metadata.distributions()}
-    if device == "auto" and _chips() and "tensorflow-tpu" in installed:
-        device = "tpu"
-    if not re.fullmatch(r"auto|cpu|gpu|cpus:\d+", device):
-        return _tpu_strategy("local" if device == "tpu" else device)
-    import tensorflow as tf
-
-    if device == "auto":
-        device = "gpu" if tf.config.list_physical_devices("GPU") else "cpu"
-    if device == "gpu":
-        found = tf.config.list_physical_devices("GPU")
-        if not found:
-            raise RuntimeError(
-                "no GPU: TensorFlow sees none; `nvidia-smi`, then tensorflow[and-cuda], then its warnings"
-            )
-        strategy = tf.distribute.MirroredStrategy() if len(found) > 1 else tf.distribute.OneDeviceStrategy("/gpu:0")
-    elif device == "cpu":
-        strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
-    else:
-        count = int(device.removeprefix("cpus:"))
-        [cpu] = tf.config.list_physical_devices("CPU")
-        try:
-            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
-        except RuntimeError:  # TensorFlow has begun; it may have as many already
-            if len(tf.config.list_logical_devices("CPU")) < count:
-                raise RuntimeError(
-                    f"{device}: TensorFlow has started with {len(tf.config.list_logical_devices('CPU'))} logical CPU; "
-                    "call get_strategy before anything computes (in a notebook: restart the kernel)"
-                ) from None
-        strategy = tf.distribute.MirroredStrategy([f"/cpu:{number}" for number in range(count)])
-    return _asserted(strategy, "GPU" if device == "gpu" else "CPU")
-
-
-def _chips() -> list[Path]:
-    """Those of this machine: v2 to v4 are there by the first name, newer ones (and other devices) by the second."""
-    return sorted(Path("/dev").glob("accel*")) + sorted(Path("/dev/vfio").glob("[0-9]*"))
-
-
-def _tpu_strategy(name: str):
-    if name == "local" and not _chips():
-        raise RuntimeError(
-            "no TPU chip in this machine (no /dev/accel*, no /dev/vfio/*). On Colab: Runtime, Change runtime type. "
-            "Elsewhere give the name of a TPU, or rehearse: python -m recsys_common.tpu config.yaml --topology v5e:1x1"
-        )
-    try:
-        version = importlib.metadata.version("tensorflow-tpu")
-    except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError(
-            "tensorflow-tpu is not installed: this TensorFlow has no TPU support. pip uninstall tensorflow; "
-            "pip install tensorflow-tpu==2.20.0 tf-keras==2.20.0 (there is no 2.21)"
-        ) from None
-    absent = [key for key in ENVIRONMENT if key not in os.environ]
-    if absent and "tensorflow" in sys.modules:
-        raise RuntimeError(
-            f"TensorFlow was imported without {', '.join(absent)} in the environment, which it reads once. Restart "
-            "Python and call get_strategy first"
-        )
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    import libtpu
-
-    os.environ.setdefault("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", libtpu.get_library_path())
-    import tensorflow as tf
-
-    from recsys_common import errors
-
-    with errors.decoding():
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
-        if name != "local":
-            tf.config.experimental_connect_to_cluster(resolver)
-        topology = tf.tpu.experimental.initialize_tpu_system(resolver)
-        # Some versions place replicas on no core unless they are told.
-        assignment = tf.tpu.experimental.DeviceAssignment.build(
-            topology, num_replicas=resolver.num_accelerators().get("TPU", 1)
-        )
-        strategy = tf.distribute.TPUStrategy(resolver, experimental_device_assignment=assignment)
-        try:
-            return _asserted(strategy, "TPU")
-        except RuntimeError as error:
-            error.add_note(f"tensorflow-tpu {version}")
-            raise
-
-
-def _asserted(strategy, kind: str):
-    """The strategy, once each of its devices has added two numbers and is of the kind that was asked for."""
-    import tensorflow as tf
-
-    devices = strategy.extended.worker_devices
-    if not all(f":{kind}:" in device.upper() for device in devices):
-        raise RuntimeError(f"asked for {kind}, and the strategy has {devices}; nothing was trained")
-    seen = strategy.run(tf.function(lambda: tf.constant(1.0) + 1.0))
-    for result in strategy.experimental_local_results(seen):
-        if float(result) != 2 or f":{kind}:" not in result.device.upper():
-            raise RuntimeError(f"asked for {kind}, and 1 + 1 = {float(result)} came from {result.device}")
-    return strategy
+def _run(files: list[str], environment: dict[str, str], topology: str | bool) -> None:
+    """The compiler's process, with a bar that shows that it works on."""
+    command = [sys.executable, "-m", "recsys_common.tpu_compiler", *files]
+    shown = bool(topology) and scale.progress()
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        tqdm(bar_format="{desc} {elapsed}", desc=f"compiling for {topology}", disable=not shown, leave=False) as bar,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+    ):
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+                break
+            bar.refresh()
+        log.seek(0)
+        if process.returncode or not Path(files[1]).exists():
+            raise RuntimeError(f"the compiler's process ended with {process.returncode}: {log.read()[-2000:]}")
 
 
 # The repository's models, this machine, and what the compiler cannot be asked -----------------------------
@@ -383,8 +299,10 @@ def rehearse(config, topologies: Sequence[str] = ("v5e:1x1",), example: dict | N
     """
     from recsys_common import lowering, training_step
 
+    item = getattr(config.model, "item", None)
+    frequency = np.ones(config.tables()[item].rows, np.float32) if item in config.tables() else None  # for log Q
     with lowering.shapes_only():
-        model = training_step.made(config, config.build)
+        model = training_step.made(config, functools.partial(config.build, frequency))
         step = lowering.step_of(model, training_step.optimizer(config, model, steps=1000))
     batch = example or config.features.batch_spec(config.training.batch_size)
     return [aot_compile(step, [batch], topology, **options) for topology in topologies]
@@ -412,7 +330,11 @@ def this_machine(topology: str = "cpu") -> dict[str, float]:
 
     square, long = tf.TensorSpec([2048, 2048]), tf.Variable(tf.zeros([1 << 25]))
     product = aot_compile(tf.matmul, [square, square], topology, seconds=2)
-    total = aot_compile(lambda more: long.assign_add(more), [tf.TensorSpec(long.shape)], topology, seconds=2)
+
+    def add(more):
+        long.assign_add(more)
+
+    total = aot_compile(add, [tf.TensorSpec(long.shape)], topology, seconds=2)
     return {"flops": product.flops / min(product.steps), "bandwidth": total.bytes / min(total.steps)}
 
 
@@ -457,7 +379,7 @@ def sparse_core(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """The command line: 0 if all of it compiles and fits, else 1."""
     one_each = [chip["topology"] for chip in CHIPS.values() if isinstance(chip, dict)]
     parser = argparse.ArgumentParser(
         prog="python -m recsys_common.tpu", description="Compile the training step of a config for a TPU, without one."
@@ -475,11 +397,13 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.rows:
         config = config.with_rows({name: int(rows) for name, _, rows in (each.partition("=") for each in chosen.rows)})
     values = {name: values.split(",") for name, _, values in (each.partition("=") for each in chosen.vary)}
+    fits = True
     for topology in chosen.topology:
         for combination, report in vary(config, topology, values, split_tables=chosen.split_tables).items():
             named = ", ".join(f"{name}={value}" for name, value in zip(values, combination, strict=True))
             print(f"{named}\n{report}\n" if named else f"{report}\n", flush=True)
-    return 0
+            fits &= report.fits
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

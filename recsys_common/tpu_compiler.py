@@ -88,11 +88,7 @@ def compiled(job: dict) -> dict:
         seconds = time.perf_counter() - start
     [optimized] = text.parent.glob("*after_optimizations.txt") if not here else [None]
     text.write_text(executable.hlo_modules()[0].to_string() if here else optimized.read_text())
-    program, memory, cost = (
-        Program(text.read_text()),
-        executable.get_compiled_memory_stats(),
-        executable.cost_analysis(),
-    )
+    memory, cost = executable.get_compiled_memory_stats(), executable.cost_analysis()
     result = {
         "seconds_to_compile": seconds,
         "device": devices[0].device_kind,
@@ -104,26 +100,10 @@ def compiled(job: dict) -> dict:
         "compiler_memory": _high_water(),
         "flops": cost.get("flops", 0.0),
         "compiler_bytes": cost.get("bytes accessed", 0.0),
-        "counted_once": _counted_once(program),
-        "parameters": [[str(shape), shape.layout, shape.plain, shape.stored] for shape in program.parameters()],
-        "moves": [[move.bytes, move.operation, move.what, move.between_chips] for move in program.moves()],
     }
     if here and job.get("seconds"):
-        result["steps"] = _run(executable, devices[0], program, job)
+        result["steps"] = _run(executable, devices[0], Program(text.read_text()), job)
     return result
-
-
-def _counted_once(program: Program) -> list[str]:
-    """Operations of the model that are loops with products in them, of which XLA counts the FLOPs of one trip."""
-
-    def multiplies(name: str | None) -> bool:
-        inside = program.computations.get(name or "", {}).values()
-        called = (one.attribute(key) for one in inside for key in ("calls", "to_apply", "body"))
-        return any(one.opcode in ("dot", "convolution") for one in inside) or any(map(multiplies, called))
-
-    every = [one for computation in program.computations.values() for one in computation.values()]
-    loops = [one for one in every if one.opcode == "while" and multiplies(one.attribute("body"))]
-    return [(re.search(r'op_name="([^"]*)"', one.line) or ["", ""])[1] for one in loops]
 
 
 def _high_water() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from recsys_common import hlo, lowering, tpu, tpu_compiler
+from recsys_common import devices, hlo, lowering, tpu, tpu_compiler
 from recsys_common.embeddings import Table
 from recsys_common.models.matrix_factorization import MatrixFactorization
 from recsys_common.optimizers import LazyAdam
@@ -476,7 +476,7 @@ def test_more_than_the_chip_has_is_said_in_gb_with_the_largest_arguments(cache, 
     assert "What to do: An optimizer of optimizers.py" in report.error
     assert report.arguments == pytest.approx(25.6e9, rel=0.001) and report.available == 15.75 * 2**30
     assert list(cache.iterdir()) == before  # an error may be this machine's
-    monkeypatch.setattr(tpu.subprocess, "run", started)
+    monkeypatch.setattr(tpu.subprocess, "Popen", started)
     with pytest.raises(ChildProcessError):
         tpu.aot_compile(step, [tf.TensorSpec([256], tf.int32)])
 
@@ -510,8 +510,8 @@ def test_a_loop_costs_its_trips(looped):
 @compiler
 def test_what_was_compiled_once_is_not_compiled_again(looped, cache, monkeypatch):
     step, report = looped
-    assert list(cache.glob("*.json")) and not [each for each in cache.iterdir() if each.suffix != ".json"]
-    monkeypatch.setattr(tpu.subprocess, "run", started)
+    assert list(cache.glob("*.json.gz")) and not [each for each in cache.iterdir() if each.suffix != ".gz"]
+    monkeypatch.setattr(tpu.subprocess, "Popen", started)
     assert tpu.aot_compile(step, [tf.TensorSpec([1_000_000, 128])]) == report
     for changed in (
         lambda: tpu.aot_compile(step, [tf.TensorSpec([1_000_001, 128])]),
@@ -616,7 +616,7 @@ def test_a_gpu_that_is_not_there():
 
 def test_a_strategy_on_another_device_than_asked_for_is_refused():
     with pytest.raises(RuntimeError, match=r"asked for TPU, and the strategy has .*CPU:0.*nothing was trained"):
-        tpu._asserted(tf.distribute.OneDeviceStrategy("/cpu:0"), "TPU")
+        devices._asserted(tf.distribute.OneDeviceStrategy("/cpu:0"), "TPU")
 
 
 def test_replicas_on_this_cpu_sum_to_one_device(elsewhere):
@@ -626,18 +626,21 @@ def test_replicas_on_this_cpu_sum_to_one_device(elsewhere):
     assert "restart the kernel" in elsewhere["refused"]
 
 
-@pytest.mark.skipif(bool(tpu._chips()), reason="there is a TPU, or a device like one")
+@pytest.mark.skipif(bool(devices._chips()), reason="there is a TPU, or a device like one")
 def test_a_tpu_that_is_not_there():
     with pytest.raises(RuntimeError, match=r"no TPU chip in this machine.*Runtime, Change runtime type.*rehearse"):
         tpu.get_strategy("tpu")
 
 
 def test_a_tensorflow_without_tpus_and_one_that_was_imported_too_early(monkeypatch):
-    monkeypatch.setattr(tpu, "_chips", lambda: [Path("/dev/accel0")])
+    monkeypatch.setattr(devices, "_chips", lambda: [Path("/dev/accel0")])
     monkeypatch.setattr(importlib.metadata, "version", without_tpu)
-    with pytest.raises(RuntimeError, match=r"tensorflow-tpu is not installed.*pip install tensorflow-tpu==2.20.0"):
+    with pytest.raises(RuntimeError, match=r"tensorflow-tpu is not installed.*pip install --no-deps --require-hashes"):
         tpu.get_strategy("tpu")
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.20.0")
+    monkeypatch.setattr(importlib.metadata, "version", {"tensorflow-tpu": "2.20.0", "libtpu": "0.0.52"}.get)
+    with pytest.raises(RuntimeError, match=r"libtpu 0.0.52: tensorflow-tpu 2.20.0 would abort on import"):
+        tpu.get_strategy("tpu")
+    monkeypatch.setattr(importlib.metadata, "version", {"tensorflow-tpu": "2.20.0", "libtpu": "0.0.14"}.get)
     monkeypatch.delenv("PJRT_DEVICE", raising=False)
     with pytest.raises(
         RuntimeError, match=r"imported without PJRT_DEVICE, .*Restart Python and call get_strategy first"
@@ -653,19 +656,20 @@ def without_tpu(name):
 # TPUClusterResolver("local"), initialize_tpu_system, TPUStrategy, and 1 + 1 on each of its cores.
 ENVIRONMENT = """
     import importlib.metadata, json, os, sys
-    from recsys_common import tpu
+    from recsys_common import devices, tpu
 
     class Stop:
         def find_spec(self, name, *_):
             if name == "tensorflow":
-                print(json.dumps({key: os.environ.get(key, "") for key in sorted(tpu.ENVIRONMENT)}))
+                print(json.dumps({key: os.environ.get(key, "") for key in sorted(devices.ENVIRONMENT)}))
                 print(os.path.exists(os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"]))
                 raise SystemExit(0)
 
     assert "tensorflow" not in sys.modules
-    tpu._chips = lambda: ["/dev/accel0"]
+    devices._chips = lambda: ["/dev/accel0"]
     version = importlib.metadata.version
-    importlib.metadata.version = lambda name: "2.20.0" if name == "tensorflow-tpu" else version(name)
+    there = {"tensorflow-tpu": "2.20.0", "libtpu": "0.0.14"}
+    importlib.metadata.version = lambda name: there.get(name) or version(name)
     sys.meta_path.insert(0, Stop())
     tpu.get_strategy("tpu")
 """
@@ -674,5 +678,5 @@ ENVIRONMENT = """
 @compiler
 def test_the_environment_of_a_tpu_is_set_before_tensorflow_is_imported():
     environment, library = python(ENVIRONMENT, PJRT_DEVICE="mine").splitlines()
-    assert json.loads(environment) == tpu.ENVIRONMENT | {"PJRT_DEVICE": "mine"}  # what is set stays
+    assert json.loads(environment) == devices.ENVIRONMENT | {"PJRT_DEVICE": "mine"}  # what is set stays
     assert library == "True"
