@@ -29,7 +29,8 @@ from recsys_common import scale
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "tensorflow-2.20"
 CHAPTERS = {1: "tensorflow-tpu", 4: "tensorflow-tpu", 5: "tensorflow"}  # chapter -> build of TensorFlow
-METRICS = {1: "matrix factorization NDCG@10", 4: "lazy adam NDCG@10"}  # of a chapter, shown beside its seconds
+# Of a chapter, shown beside its seconds.
+METRICS = {1: "matrix factorization NDCG@10", 4: "lazy adam NDCG@10", 5: "lazy adam NDCG@10"}
 USERS, ITEMS, DIM, BATCH, STEPS, K = 5000, 800, 16, 256, 20, 10
 
 

@@ -45,7 +45,8 @@ def test_an_environment_that_asks_for_keras_3_is_refused():
 
 
 def test_what_needs_no_tensorflow_does_not_import_it():
-    modules = "bigquery, cleanup, costs, datasets, doctor, embedded_bigquery, scale"
+    modules = "bigquery, cleanup, costs, datasets, devices, doctor, embedded_bigquery, hlo, prices, scale, tpu, "
+    modules += "tpu_compiler, tpu_pictures, training_costs"
     done = python(
         f"import sys; from recsys_common import {modules}; from recsys_common.datasets import movielens, netflix, "
         "simulated; print('tensorflow' in sys.modules)"
