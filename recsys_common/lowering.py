@@ -246,7 +246,8 @@ def _lines(graph) -> dict[str, str]:
         if frames:
             number = _statement(frames[-1].filename, frames[-1].lineno)
             code = linecache.getline(frames[-1].filename, number).strip()
-            place = f"{Path(frames[-1].filename).name}, line {number}"
+            cell = "ipykernel_" in frames[-1].filename  # whose file has another name in each process
+            place = f"{'a cell' if cell else Path(frames[-1].filename).name}, line {number}"
             place = f"{place}: {code[:80]}" if code else place
             # Both branches of a condition may have an operation of this name.
             found[name] = place if found.get(name, place) == place else f"{found[name]}, or {place}"
