@@ -272,7 +272,8 @@ with lowering.shapes_only():
     model = MatrixFactorization(USERS, ITEMS, DIM, user="user", item="item")
     step = lowering.step_of(model, tf.keras.optimizers.Adam())
 dense = tpu.aot_compile(step, [batch], TOPOLOGY)
-print(*[textwrap.fill(line, 100) for line in dense.warnings[0].splitlines()], sep="\n")
+told = "\n".join(dense.warnings)
+print(*[textwrap.fill(line, 100) for line in told.splitlines()], sep="\n")
 
 # %%
 print(*str(dense).splitlines()[:4], sep="\n")
@@ -421,7 +422,9 @@ pd.DataFrame(rows, index=[*names, "input, M rows/s", "bound by"]).T
 # ## The run
 #
 # The same model on real rows, by the loop of chapter 4, on the device of the first cell. With `DEVICE = "tpu"` on a TPU
-# VM or a TPU runtime of Colab these are the cells that run there; `requirements-tpu.txt` is what to install.
+# VM or a TPU runtime of Colab these are the cells that run there; `requirements-tpu.txt` is what to install. (The
+# TensorFlow of TPU machines cannot lower a step for the compiler, so there the reports above say that, and no more.
+# Compile before you rent.) No TPU has run them yet.
 
 # %%
 warehouse = bigquery.connect(PROJECT, BUCKET, location=LOCATION)
@@ -451,7 +454,7 @@ train_files = conversion.convert(folder, source, settings.record_columns(), seed
 settings = settings.with_rows({"user": num_users, "item": len(frequency)})
 
 # %% [markdown]
-# Before it starts, the rehearsal: the config that will run, with the rows that it has, for the chip that will run it.
+# Before it starts, a rehearsal: the config that will run, with the rows that it has, for the chip that will run it.
 
 # %%
 [rehearsed] = tpu.rehearse(settings, [TOPOLOGY])
