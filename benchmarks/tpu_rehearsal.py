@@ -63,20 +63,24 @@ def models_rows() -> list[dict]:
 
 
 def variants_rows() -> list[dict]:
-    """Matrix factorization of 16 numbers a row on a v6e: what another batch, dtype or optimizer changes."""
+    """Matrix factorization on a v6e, 16 numbers a row, and on a v5p, 128: what another batch or optimizer changes."""
+    adagrad = ["optimizer.name=row_wise_adagrad", "optimizer.second_moment=element"]
     changes = {
         "batch 2,048": ["training.batch_size=2048"],
         "batch 32,768": ["training.batch_size=32768"],
         "bfloat16 tables": ["model.embedding_dtype=bfloat16"],
         "both moments of each number": ["optimizer.second_moment=element"],
-        "row-wise Adagrad": ["optimizer.name=row_wise_adagrad"],
+        "row-wise Adagrad": adagrad,
         "mixed precision": ["training.mixed_precision=true"],
     }
+    grid = [(name, 16, "v6e:1x1", overrides) for name, overrides in changes.items()]
+    grid += [("row-wise Adagrad", dim, "v5p:1x1x1", adagrad) for dim in DIMS]
     rows = []
-    for name, overrides in tqdm(changes.items(), desc="variants", unit="program"):
-        changed = config("matrix factorization", "model.embedding_dim=16", *overrides)
-        [report] = tpu.rehearse(changed, ["v6e:1x1"])
-        rows.append(row(f"variant {name}", "matrix factorization", report, dim=16))
+    for name, dim, topology, overrides in tqdm(grid, desc="variants", unit="program"):
+        changed = config("matrix factorization", f"model.embedding_dim={dim}", *overrides)
+        [report] = tpu.rehearse(changed, [topology])
+        case = f"variant {name}, dimension {dim}, {topology}"
+        rows.append(row(case, "matrix factorization", report, dim=dim))
     return rows
 
 
