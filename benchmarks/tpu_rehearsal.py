@@ -10,6 +10,7 @@ has one. Writes benchmarks/tpu_rehearsal.json; takes about 12 minutes on 2 cores
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -28,7 +29,7 @@ from recsys_common import scale, tpu, tpu_compiler
 from recsys_common.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("models", "variants", "slices", "here")
+PARTS = ("models", "variants", "slices", "here", "tensorflow")
 USERS, ITEMS = 100_000_000, 1_000_000
 ONE_CHIP = [chip["topology"] for chip in tpu.CHIPS.values() if isinstance(chip, dict)]
 HISTORY = ["features.history.kind=history", "features.history.column=history", "features.history.length=50"]
@@ -108,16 +109,46 @@ def here_rows(topology: str = "cpu") -> list[dict]:
             changed = config(
                 model, f"model.embedding_dim={dim}", f"training.batch_size={batch}", users=10**6, items=10**5
             )
-            spec = changed.features.batch_spec(batch)
-            ids = {name: rng.integers(0, 10**5, each.shape).astype(np.int32) for name, each in spec.items()}
-            ids |= {name: np.full(batch, 50, np.int32) for name in spec if name.endswith("_length")}
-            [report] = tpu.rehearse(changed, [topology], seconds=3, example=ids)
+            [report] = tpu.rehearse(changed, [topology], seconds=3, example=example(changed, rng))
             measured, predicted = statistics.median(report.steps), tpu.predicted(report, machine)
             case = f"{topology}: {model}, dimension {dim}, batch {batch:,}"
             found.setdefault((f"{case}: step", "s"), []).append(measured)
             found.setdefault((f"{case}: predicted", "s"), []).append(predicted)
             found.setdefault((f"{case}: measured / predicted", "ratio"), []).append(measured / predicted)
     return [scale.spread(case, values, unit) for (case, unit), values in found.items()]
+
+
+def example(of: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A batch of random rows of tables, histories full."""
+    spec = of.features.batch_spec(of.training.batch_size)
+    ids = {name: rng.integers(0, 10**5, each.shape).astype(np.int32) for name, each in spec.items()}
+    return ids | {name: np.full(each.shape, 50, np.int32) for name, each in spec.items() if name.endswith("_length")}
+
+
+def tensorflow_rows() -> list[dict]:
+    """The step as `training.train` runs it on a CPU, by TensorFlow and not by XLA, in rounds."""
+    import tensorflow as tf
+
+    from recsys_common import training_step
+
+    rng, steps, found = np.random.default_rng(1), {}, {}
+    for model in MODELS:
+        for dim in (16, 128):
+            changed = config(model, f"model.embedding_dim={dim}", users=10**6, items=10**5)
+            made = training_step.made(changed, changed.build)
+            trained = functools.partial(training_step.trained, made, training_step.optimizer(changed, made, steps=1000))
+            batches = [{name: tf.constant(ids) for name, ids in example(changed, rng).items()} for _ in range(8)]
+            case = f"cpu by TensorFlow: {model}, dimension {dim}, batch {changed.training.batch_size:,}: step"
+            steps[case] = tf.function(trained), batches
+    for _ in tqdm(range(3), desc="tensorflow", unit="round"):
+        for case, (step, batches) in steps.items():
+            seconds = []
+            for batch in [*batches[:2], *batches]:  # two to warm up
+                start = time.perf_counter()
+                step(batch).numpy()
+                seconds.append(time.perf_counter() - start)
+            found.setdefault(case, []).append(statistics.median(seconds[2:]))
+    return [scale.spread(case, values, "s") for case, values in found.items()]
 
 
 def readme(content: dict, text: str) -> str:

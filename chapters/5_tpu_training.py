@@ -50,6 +50,7 @@ EVALUATED_USERS = 10_000
 RUNS_DIR = "../runs"
 
 # %%
+import dataclasses
 import functools
 import json
 import shutil
@@ -287,7 +288,8 @@ print(*str(dense).splitlines()[:4], sep="\n")
 # %%
 benchmark = json.loads(Path("../benchmarks/tpu_rehearsal.json").read_text())
 of = pd.DataFrame(benchmark["rows"]).set_index("case")
-single = of[of["part"] == "models"]
+compiled = of.dropna(subset="topology").astype({"compiles": bool, "fits": bool, "dim": int})
+single = compiled[compiled["part"] == "models"]
 print(benchmark["compiler"], benchmark["date"][:10])
 
 # %%
@@ -295,7 +297,7 @@ state = np.where(single["compiles"] & single["fits"], "", "does not fit")
 shown = (single["hbm_bytes"] / 1e9).map("{:.1f} GB, ".format)
 shown += (single["step_seconds_at_least"] * 1e3).map("{:.1f} ms".format)
 shown = shown.where(state == "", state)
-index = [single["model"], single["dim"].astype(int), single["topology"]]
+index = [single["model"], single["dim"], single["topology"]]
 shown.set_axis(pd.MultiIndex.from_arrays(index)).unstack().rename_axis(columns=None)
 
 # %% [markdown]
@@ -324,8 +326,8 @@ axis = tpu_pictures.roofline(axis, machines, points)
 _ = axis.set_title("Training steps on the rooflines of chips")
 
 # %% [markdown]
-# All of them stand on the slope. For every byte these steps do a handful of FLOPs, and a TPU would like hundreds: it
-# is memory that is paid for, and the multipliers wait.
+# All of them stand on the slope, left of every ridge. For every byte these steps do a handful of FLOPs, and a TPU
+# would like hundreds: it is memory that is paid for, and the multipliers wait.
 #
 # ## How far to trust the bound
 #
@@ -346,17 +348,19 @@ ratio.set_axis(["measured / predicted", "from", "to"], axis=1).round(2)
 # ## More chips
 #
 # What one chip has no room for, a slice may have. The batch is split among the chips; tables stand whole on each chip,
-# or each chip has a share of the rows and asks the others for what it lacks. The program is XLA's own, by GSPMD.
+# or each chip has a share of the rows and asks the others for what it lacks. The program is XLA's own, by GSPMD. (Where
+# it does not fit, the GB are those of the whole tables.)
 
 # %%
-slices = of[of["part"] == "slices"]
+slices = compiled[compiled["part"] == "slices"]
 slices = slices[
     ["compiles", "fits", "hbm_bytes", "bytes", "between_chips", "step_seconds_at_least"]
 ]
 slices[["hbm_bytes", "bytes", "between_chips"]] /= [1e9, 1e6, 1e6]
 slices["step_seconds_at_least"] *= 1e3
+slices.loc[~slices["fits"], ["bytes", "between_chips", "step_seconds_at_least"]] = np.nan
 names = ["compiles", "fits", "GB a chip", "MB moved", "MB between chips", "ms, at least"]
-slices.set_axis(names, axis=1).astype(float).round(1).astype({"compiles": bool, "fits": bool})
+slices.set_axis(names, axis=1).round(1).astype(object).fillna("")
 
 # %% [markdown]
 # ## What changes if something changes
@@ -364,8 +368,10 @@ slices.set_axis(names, axis=1).astype(float).round(1).astype({"compiles": bool, 
 # One model, one change at a time. The first row is the model as above; where one fits, the least that a step takes:
 
 # %%
-variants = of[of["part"] == "variants"].rename(lambda case: case.removeprefix("variant "))
-base = of.loc[["matrix factorization, dimension 16, v6e:1x1"]]
+variants = compiled[compiled["part"] == "variants"].rename(
+    lambda case: case.removeprefix("variant ")
+)
+base = compiled.loc[["matrix factorization, dimension 16, v6e:1x1"]]
 variants = pd.concat([base.rename(lambda case: "as above, dimension 16, v6e:1x1"), variants])
 columns = {
     "rows": 1,
@@ -389,13 +395,28 @@ table.assign(fits=variants["fits"]).astype(object).fillna("")
 # ## Does it pay?
 #
 # What a billion examples take, in hours of one chip, which is what is paid for. The bound is divided by a
-# *utilisation*, the share of it that a real program reaches. Nobody has measured that here, so it is a curve. The CPU's
-# step was measured, by chapter 4's benchmark, and its cores feed it as well.
+# *utilisation*, the share of it that a real program reaches. Nobody has measured that here, so it is a curve. The CPU is
+# the benchmark's, two cores; the same model and batch ran on it by TensorFlow, with tables of a million rows, which
+# LazyAdam does not notice. Its cores feed it as well.
 
 # %%
 compared, notes = training_costs.machines()
-wanted = [one for one in compared if one.model == "matrix factorization, dimension 16"]
-shares = training_costs.UTILISATIONS
+wanted = [
+    one for one in compared if one.rows == BATCH_SIZE and one.model.endswith("n, dimension 16")
+]
+shares, input_rows = training_costs.UTILISATIONS, wanted[0].input_rows
+[cpu, cpu_wide] = [one for one in compared if one.name == "cpu" and one.model[:6] == "matrix"]
+
+# %% [markdown]
+# To them comes the last row of the table above: rows of 128 numbers and row-wise Adagrad.
+
+# %%
+wide = compiled.loc["variant row-wise Adagrad, dimension 128, v5p:1x1x1"].to_dict()
+wide = training_costs.machine(wide, input_rows, model=cpu_wide.model)
+wanted += [
+    dataclasses.replace(wide, name="v5p, 128"),
+    dataclasses.replace(cpu_wide, name="cpu, 128"),
+]
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
@@ -403,25 +424,34 @@ for one in wanted:
     hours = [training_costs.chip_hours(one, 1e9, share) for share in shares]
     axis.plot(shares, hours, marker="o", label=one.name + (", measured" if one.measured else ""))
 axis.set(yscale="log", xlabel="utilisation, an assumption", ylabel="chip-hours for 1e9 examples")
-_ = axis.legend(fontsize=8)
+_ = axis.legend(fontsize=8, ncols=2)
 
 # %% [markdown]
-# An hour of a chip replaces so many hours of this CPU. If the price of one is less than so many times the price of the
-# other, it pays; and the last column says how many rows a second the input must deliver for the chip not to wait.
-# The prices are yours to look up (`recsys_common/prices.json` has none that nobody has read).
+# An hour of a chip replaces so many hours of this CPU. It pays if its price is less than so many times the CPU's; the
+# last columns say how many million rows a second the input must deliver for the chip not to wait, and what the chip
+# waits for. Prices are yours to look up: `recsys_common/prices.json` has none that nobody has read.
 
 # %%
-cpu = next(one for one in wanted if one.kind == "cpu")
-rows = {
-    one.name: [training_costs.break_even_price(one, cpu, share) for share in (0.1, 0.5, 1.0)]
-    + [training_costs.input_needed(one, 0.5) / 1e6, training_costs.bound_by(one, 0.5)]
-    for one in wanted
-    if one.kind != "cpu"
-}
+rows = {}
+for one in [one for one in wanted if one.kind != "cpu"]:
+    other = cpu_wide if one.model == cpu_wide.model else cpu
+    hours = [training_costs.break_even_price(one, other, share) for share in (0.1, 0.5, 1.0)]
+    needed = training_costs.input_needed(one, 0.5) / 1e6
+    rows[one.name] = [*hours, needed, training_costs.bound_by(one, 0.5)]
+
+# %%
 names = [f"CPU hours at {share:.0%}" for share in (0.1, 0.5, 1.0)]
-pd.DataFrame(rows, index=[*names, "input, M rows/s", "bound by"]).T
+table = pd.DataFrame(rows, index=[*names, "input, M rows/s", "bound by"]).T
+table.map(lambda value: value if isinstance(value, str) else round(value, 1))
 
 # %% [markdown]
+# So it can pay, by its memory bandwidth alone, and by how much is decided by the program more than by the chip. With
+# short rows most of what a chip moves is a table on its way from one layout to another. Written for the chip, with rows
+# that fill its lanes and an optimizer of one number a row, the same chip does several times as many rows, though its
+# table is eight times as large. (Against a CPU the batch is worth a look too: in-batch softmax costs its square, and two
+# thousand rows at a time are several times as fast on both.) The input keeps up: chapter 3's pipeline gives more rows
+# on two cores than any of these takes.
+#
 # `python -m recsys_common.costs --chapter 5 --price-tpu-v6e 2.7 --price-cpu 0.1` prints the whole plan with prices of
 # yours.
 #
@@ -503,7 +533,9 @@ pd.DataFrame(run.evaluations).set_index("epoch")[[f"NDCG@{K}", f"HR@{K}"]].round
 # - Static shapes, no strings, no bytes; what must be text or ragged stays on the host.
 # - Narrow rows cost a copy of their table in each step, unless they fill 128 lanes or lie on SparseCores.
 # - Matrix factorization and the two-tower network wait for memory on every chip. What a TPU offers them is its
-#   bandwidth, not its FLOPs, and the input pipeline must keep up with it.
+#   bandwidth, not its FLOPs.
+# - How much it pays is decided by the program more than by the chip: rows that fill the lanes, little state, a batch
+#   that is not too large for its softmax.
 #
 # ## Exercises
 #

@@ -31,6 +31,7 @@ STATE = {
     "lazy adam, row second moment": (lambda dim: dim + 1, "lazy adam, row second moment 100M"),
     "row-wise adagrad": (lambda dim: 1, "row-wise adagrad 100M"),
 }
+MEASURED_BATCH = 8192  # rows of a step in embeddings.json
 KEPT = 3  # checkpoints that `training.keep` keeps
 # BigQuery counts 8 bytes for INT64, FLOAT64 and TIMESTAMP, and 2 + length for STRING: 7 for 'train'.
 NUMBER, SPLIT = 8, 7
@@ -121,7 +122,7 @@ def tables_plan(rows: float, ids: float, dim: int, path: Path | None = None) -> 
     lines.append(f"{'optimizer':30}{'table':>11}{'state':>11}{'in all':>11}{'checkpoints':>13}{'hours an epoch':>16}")
     for name, (state, case) in STATE.items():
         table, more = 4 * ids * dim, 4 * ids * state(dim)
-        epoch = rows / training_costs.BATCH * steps[case] / 3.6e6 if case in steps else None
+        epoch = rows / MEASURED_BATCH * steps[case] / 3.6e6 if case in steps else None
         sizes = f"{size(table):>11}{size(more):>11}{size(table + more):>11}{size((KEPT + 1) * (table + more)):>13}"
         lines.append(f"{name:30}{sizes}{figure(epoch):>16}")
     lines += ["", f"Checkpoints: {KEPT} are kept, while one more is written. Hours: {rows:,.0f} examples in batches of"]

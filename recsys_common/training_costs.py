@@ -30,10 +30,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 UTILISATION = 0.5  # assumed where none is given; `UTILISATIONS` is the range of a slider or a curve
 UTILISATIONS = tuple(tenths / 10 for tenths in range(1, 11))
 HOST_CHIPS = {"v4": 4, "v5e": 8, "v5p": 4, "v6e": 8}  # that one host feeds, as the pages of chips.json say
-# Of embeddings.json, the step with a table of 100 M rows, its model and batch; of input_pipeline.json, what feeds it.
-STEP, MODEL, BATCH = "lazy adam, row second moment 100M", "matrix factorization, dimension 16", 8192
 INPUT = "shuffled record batches"
-XLA_STEP = re.compile(r"cpu: (.+), batch ([\d,]+): step")  # of tpu_rehearsal.json: smaller tables, through XLA
+# Of tpu_rehearsal.json: steps of this CPU with smaller tables, which no row-sparse optimizer notices (chapter 4).
+CPU_STEP = re.compile(r"cpu( by TensorFlow)?: (.+), batch ([\d,]+): step")
 
 # What is read of a report; a row of the benchmark must have the first four.
 REPORTED = ("topology", "compiles", "rows", "step_seconds_at_least", "fits", "steps", "chips", "bound")
@@ -185,35 +184,32 @@ def break_even_utilisation(
 def machines(folder: str | Path | None = None, input_rows: float | None = None) -> tuple[list[Machine], list[str]]:
     """The machines whose steps the benchmark files have, and notes: where they come from, what is absent or refused.
 
-    In `folder`, or this checkout's benchmarks: embeddings.json has the CPU's measured step, tpu_rehearsal.json bounds
-    of TPUs, input_pipeline.json the input's rows/s, taken for each host unless `input_rows` is given.
+    In `folder`, or this checkout's benchmarks: tpu_rehearsal.json has the CPU's measured steps, by TensorFlow and
+    through XLA, and bounds of TPUs; input_pipeline.json the input's rows/s, taken for each host unless `input_rows` is.
     """
     found, notes, files = [], [], {}
-    for name in ("embeddings", "input_pipeline", "tpu_rehearsal"):
+    for name in ("input_pipeline", "tpu_rehearsal"):
         path = Path(folder or BENCHMARKS) / f"{name}.json"
         files[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
         known = f"of {files[name]['date'][:10]}" if path.is_file() else "does not exist: `make bench` makes it"
         notes.append(f"  benchmarks/{name}.json {known}")
-    steps, speeds = ({r["case"]: r["value"] for r in files[name]["rows"]} for name in ("embeddings", "input_pipeline"))
+    speeds = {row["case"]: row["value"] for row in files["input_pipeline"]["rows"]}
     if input_rows is None:
         input_rows = speeds[INPUT] * 1e6 if INPUT in speeds else math.inf
-        notes[1] += f": {INPUT!r} on that machine; a host's own: --input-rows" * (INPUT in speeds)
-    if STEP in steps:
-        found.append(Machine("cpu", "cpu", BATCH, steps[STEP] / 1e3, True, input_rows=input_rows, model=MODEL))
-        cores, cpu = (files["embeddings"]["machine"][name] for name in ("cores", "cpu"))
-        notes[0] += f": {STEP!r} on {cores} cores ({cpu})"
+        notes[0] += f": {INPUT!r} on that machine; a host's own: --input-rows" * (INPUT in speeds)
     for row in files["tpu_rehearsal"]["rows"]:
-        if timed := XLA_STEP.fullmatch(row["case"]):
-            rows = int(timed[2].replace(",", ""))
-            found.append(Machine("cpu XLA", "cpu", rows, row["value"], True, input_rows=input_rows, model=timed[1]))
+        if timed := CPU_STEP.fullmatch(row["case"]):
+            name, rows = "cpu" if timed[1] else "cpu XLA", int(timed[3].replace(",", ""))
+            found.append(Machine(name, "cpu", rows, row["value"], True, input_rows=input_rows, model=timed[2]))
         elif "topology" in row and row.get("part") != "variants":
             if refused := _refused(row):
                 notes.append(f"  {row['case']}: {refused}")
             else:
                 found.append(machine(row, input_rows))
-    if any(one.name == "cpu XLA" for one in found):
-        notes[2] += "; its cpu XLA had smaller tables"
-    return found, notes
+    if any(one.kind == "cpu" for one in found):
+        cores, cpu = (files["tpu_rehearsal"]["machine"][name] for name in ("cores", "cpu"))
+        notes[1] += f"; its CPU, {cores} cores ({cpu}), had smaller tables"
+    return sorted(found, key=lambda one: ("cpu", "cpu XLA").index(one.name) if one.kind == "cpu" else 2), notes
 
 
 def plan(
