@@ -121,8 +121,9 @@ print(report)
 # %% [markdown]
 # No TPU was asked, and no table was made. `shapes_only` gives variables addresses without memory behind them;
 # TensorFlow traced the step and lowered it to HLO, the language that XLA compiles; and `libtpu`, the library that
-# drives a TPU, compiled that for a chip which it only knows from a description. What it says is what it would say on
-# the machine that you pay for: this program runs or it does not, and this is the memory that it needs.
+# drives a TPU, compiled that for a chip which it only knows from a description. It is the compiler that would compile
+# it there: whether the program runs, what memory it needs and what it moves are its answers, not a model's. (On a TPU
+# machine TPUStrategy puts a loop around the step, and with several chips it partitions it in its own way.)
 #
 # The rest of this page is what stands in the report: why it fits, what the copies are, what the bound is worth.
 
@@ -424,7 +425,7 @@ for one in wanted:
     hours = [training_costs.chip_hours(one, 1e9, share) for share in shares]
     axis.plot(shares, hours, marker="o", label=one.name + (", measured" if one.measured else ""))
 axis.set(yscale="log", xlabel="utilisation, an assumption", ylabel="chip-hours for 1e9 examples")
-_ = axis.legend(fontsize=8, ncols=2)
+_ = axis.legend(fontsize=8, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.83))
 
 # %% [markdown]
 # An hour of a chip replaces so many hours of this CPU. It pays if its price is less than so many times the CPU's; the
@@ -448,9 +449,9 @@ table.map(lambda value: value if isinstance(value, str) else round(value, 1))
 # So it can pay, by its memory bandwidth alone, and by how much is decided by the program more than by the chip. With
 # short rows most of what a chip moves is a table on its way from one layout to another. Written for the chip, with rows
 # that fill its lanes and an optimizer of one number a row, the same chip does several times as many rows, though its
-# table is eight times as large. (Against a CPU the batch is worth a look too: in-batch softmax costs its square, and two
-# thousand rows at a time are several times as fast on both.) The input keeps up: chapter 3's pipeline gives more rows
-# on two cores than any of these takes.
+# table is eight times as large. The batch is worth a look too: in-batch softmax costs its square, and the chip does
+# most rows with the smallest of the three. The input keeps up: chapter 3's pipeline gives more rows on two cores than
+# any of these takes.
 #
 # `python -m recsys_common.costs --chapter 5 --price-tpu-v6e 2.7 --price-cpu 0.1` prints the whole plan with prices of
 # yours.

@@ -126,9 +126,7 @@ def tables_plan(rows: float, ids: float, dim: int, path: Path | None = None) -> 
         sizes = f"{size(table):>11}{size(more):>11}{size(table + more):>11}{size((KEPT + 1) * (table + more)):>13}"
         lines.append(f"{name:30}{sizes}{figure(epoch):>16}")
     lines += ["", f"Checkpoints: {KEPT} are kept, while one more is written. Hours: {rows:,.0f} examples in batches of"]
-    lines.append(
-        f"{MEASURED_BATCH:,} on the 2 cores of the benchmark, a table of 100 M rows of 16 (lazy adam: of 8)."
-    )
+    lines.append(f"{MEASURED_BATCH:,} on the 2 cores of the benchmark, a table of 100 M rows of 16 (lazy adam: of 8).")
     lines.append("The chapter trains twice: once undisturbed, and once killed and resumed.")
     return "\n".join(lines)
 

@@ -293,7 +293,8 @@ def test_every_model_was_compiled_for_every_chip_in_time(rehearsed):
                 if row["compiles"] and row["fits"]:
                     assert row["hbm_bytes"] <= row["available"] and row["step_seconds_at_least"] > 0
                     assert row["bound"] in ("compute", "memory", "interconnect")
-    assert all(row["value"] < 6 for case, row in rehearsed.items() if case.endswith("TensorFlow's process"))
+    for part in ("models", "variants", "slices"):
+        assert rehearsed[f"{part}: peak memory of TensorFlow's process"]["value"] < 6
 
 
 def test_flops_and_bytes_predict_this_cpu_within_a_factor_of_three(rehearsed):
@@ -303,7 +304,7 @@ def test_flops_and_bytes_predict_this_cpu_within_a_factor_of_three(rehearsed):
 
 def test_what_chapter_5_says_of_its_tables(rehearsed):
     for case, row in rehearsed.items():
-        if row.get("part") == "models" and row["compiles"] and row["fits"]:
+        if row.get("part") == "models" and row.get("compiles") and row["fits"]:
             assert row["bound"] == "memory", case
     assert rehearsed["chapter 5"]["value"] < 100 and rehearsed["chapter 5: peak memory"]["value"] < 4000
 
