@@ -47,7 +47,7 @@ VERSION = 1
 CONTENT = "checkpoint.json"
 FOLDER = re.compile(r"step-(\d{9,})")
 SLICE_BYTES = 2**23  # of a table, read at once
-BLOCK_BYTES, WRITES = 2**23, 2  # whole pages, written so many at a time
+BLOCK_BYTES, WRITES = 2**22, 3  # whole pages, written so many at a time
 
 
 def variables(objects: dict[str, tf.Module | tf.keras.layers.Layer]) -> dict[str, tf.Variable]:
@@ -320,17 +320,20 @@ def _slices(about: dict) -> list[tuple[int, int]]:
 
 
 def _write(path: Path, variable: tf.Variable) -> dict:
-    """Write one file; while threads write slices, the next one is read. Returns its entry."""
+    """Write one file; while threads copy, hash and write slices, the next one is read. Returns its entry."""
     about, header = _about(variable), io.BytesIO()
     descr = np.lib.format.dtype_to_descr(_dtypes(about)[1])
     shape = {"descr": descr, "fortran_order": False, "shape": tuple(about["shape"])}
     np.lib.format.write_array_header_1_0(header, shape)
     slices = _slices(about)
-    with _Stream(path) as stream:
-        stream.write(np.frombuffer(header.getvalue(), np.uint8))
+    with _Stream(path) as stream, ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(stream.write, np.frombuffer(header.getvalue(), np.uint8))
         for begin, end in slices:
             values = read_rows(variable, begin, end) if len(slices) > 1 else variable
-            stream.write(np.ascontiguousarray(values.numpy()).reshape(-1).view(np.uint8))
+            block = np.ascontiguousarray(values.numpy()).reshape(-1).view(np.uint8)
+            writing.result()
+            writing = pool.submit(stream.write, block)
+        writing.result()
     return {"file": path.name, **about, "bytes": stream.size, "crc32c": stream.crc}
 
 
