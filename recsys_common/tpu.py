@@ -166,9 +166,7 @@ def aot_compile(
       RuntimeError: jax and libtpu are not there in the versions that tpu_compiler.py was tested with.
       ValueError: a topology that libtpu does not know.
     """
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version("tensorflow-tpu")
-        told = f"tensorflow-tpu {version} cannot lower a step: compile where the plain tensorflow is, train here"
+    if told := _cannot_lower():
         return Report(topology, False, told)
     if wrong := tpu_compiler.missing(topology):
         raise RuntimeError(wrong)
@@ -222,6 +220,17 @@ def aot_compile(
         moves=tuple((move.bytes, move.operation, move.what, lowered.line(move.operation)) for move in moves[:12]),
         peak={name: CHIPS[chip][name] for name in rates} if chip in CHIPS else {},
     )
+
+
+def _cannot_lower() -> str:
+    """What tensorflow-tpu lacks, if that is the TensorFlow here: its XLA has no CPU, for which a step is lowered."""
+    import tensorflow as tf
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.distribution("tensorflow-tpu")
+        if Path(str(installed.locate_file("tensorflow/__init__.py"))).resolve() == Path(tf.__file__).resolve():
+            return f"tensorflow-tpu {installed.version} cannot lower a step: compile with plain tensorflow, train here"
+    return ""
 
 
 def _notes(program: hlo.Program, lowered, rows: int, chips: int) -> Iterator[str]:
