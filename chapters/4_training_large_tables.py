@@ -374,7 +374,7 @@ pd.DataFrame(sizes, index=large).round(2)
 
 # %% [markdown]
 # A checkpoint of the first of them, written and read back three times. *Plain* are as many bytes, without tables and
-# hashes, in turns with it. Both keep up with the disk of this machine.
+# hashes, in turns with it. Both come near the speed of this disk.
 
 # %%
 kept = of[of.index.str.startswith("checkpoint 100M: ")]
