@@ -63,6 +63,15 @@ import pandas as pd
 from recsys_common import tpu
 
 # %% [markdown]
+# On a TPU VM, or a TPU runtime of Colab, install TensorFlow 2.20 for TPUs first, in a checkout of this repository, and
+# restart Python; there is no 2.21. Without the pins of that file pip takes a libtpu on which it aborts.
+#
+# ```sh
+# pip uninstall -y tensorflow
+# pip install --no-deps --require-hashes -r requirements-tpu.txt
+# pip install --no-deps .
+# ```
+#
 # The strategy comes before TensorFlow: a TPU's driver reads its environment once, when TensorFlow is imported.
 # `get_strategy` sets it, computes 1 + 1 on every device, and does not return one on which that came from elsewhere.
 
