@@ -379,7 +379,7 @@ def check_sparse(model_or_function: tf.keras.Model | Callable, batch_spec, *, at
     """
     graph, variables = _trace(model_or_function, batch_spec)
     tables: dict[int, str] = {}
-    for variable in variables:
+    for variable in sorted(variables, key=lambda variable: variable.name):  # a graph has them in any order
         if variable.shape.rank and variable.shape[0] >= at_least:
             rows, name = variable.shape[0], variable.name.split(":")[0]
             tables[rows] = f"{tables[rows]} or {name}" if rows in tables else name
