@@ -552,8 +552,9 @@ pd.DataFrame(run.evaluations).set_index("epoch")[[f"NDCG@{K}", f"HR@{K}"]].round
 # 1. Compile the first program for `v5e:1x1`. Does it fit? What of it must change so that it has room to spare?
 # 2. Put eight rows of 16 numbers into one of 128 (`tf.gather` of `id // 8`, then the part `id % 8`). What do the moves
 #    of the report say now, and what did you pay for it in gradients?
-# 3. `python -m recsys_common.tpu --rows user=100000000 item=1000000 --vary training.batch_size=2048,32768`: which part
-#    of the step grows with the batch, and which with its square? How would you make the loss cheaper?
+# 3. `python -m recsys_common.tpu --rows user=100000000 item=1000000 --set model.embedding_dim=16 --topology v6e:1x1
+#    --vary training.batch_size=2048,32768`: which part of the step grows with the batch, and which with its square? How
+#    would you make the loss cheaper?
 # 4. Take a training step of your own model and compile it. If it does not compile, mend it; if it does, find its
 #    largest move.
 # 5. Look up three prices, of a TPU, a GPU and a CPU machine, and find who wins at 10, 30 and 100% utilisation.

@@ -276,9 +276,16 @@ def test_an_error_that_is_not_known_passes_as_it_is():
     assert not hasattr(caught.value, "__notes__")
 
 
+def test_an_operation_that_xla_lacks():
+    with pytest.raises(tf.errors.OpError) as caught:
+        tf.function(tf.strings.as_string, jit_compile=True)(tf.constant([1, 2]))
+    told = errors.explained(caught.value)
+    assert "XLA has no such operation: strings, ragged tensors" in told and "Do it on the host" in told
+
+
 def test_every_entry_is_one_that_these_tests_reach():
     reached = {line for line, _, _ in errors.KNOWN}
-    assert len(reached) == len(errors.KNOWN) == 18
+    assert len(reached) == len(errors.KNOWN) == 19
     for pattern, cause, mend in errors.KNOWN:
         re.compile(pattern)
         assert cause.strip().endswith(".") and mend.strip().endswith(".")
