@@ -482,7 +482,7 @@ loaded = warehouse.count("ratings")
 # %%
 overrides = [f"seed={SEED}", f"model.embedding_dim={DIM}", f"training.epochs={EPOCHS}"]
 overrides += [f"data.shards={max(8, loaded // ROWS_PER_FILE)}", "optimizer.learning_rate=0.02"]
-overrides += ["training.batch_size=1024"] if SCALE == "small" else []
+overrides += [f"training.batch_size={min(BATCH_SIZE, max(1024, loaded // 100))}"]
 settings = config.Config.default(SCALE).override(*overrides, *OVERRIDES.split())
 
 # %%
