@@ -6,6 +6,7 @@ Not a benchmark itself: `make bench` passes over files that begin with an unders
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,3 +37,13 @@ def finish(chapter: int, content: dict, readme: Callable[[dict, str], str]) -> N
     print(scale.write_json(path, content))
     page = ROOT / "README.md"
     page.write_text(readme(content, page.read_text()))
+
+
+def quoted(text: str, name: str, lines: list[str], chapter: int, seconds: float | None) -> str:
+    """README.md with a result file's lines in the place marked for it, and the seconds of a chapter in its row."""
+    block = "\n".join(lines)
+    mark = f"from benchmarks/{name}.json"
+    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
+    if seconds is None:
+        return text
+    return re.sub(rf"(\| \[{chapter} .*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {seconds:.0f} |", text, count=1)

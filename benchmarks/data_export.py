@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
-from _finish import finish
+from _finish import finish, quoted
 from tqdm import tqdm
 
 from recsys_common import bigquery, conversion, input_pipeline, ratings_table, record_batches, routes, scale
@@ -311,10 +311,7 @@ def readme(content: dict, text: str) -> str:
         "",
         f"Text, TFRecords by row and the table come in batches of {BATCH_SIZE:,} rows, the others as they are stored.",
     ]
-    block = "\n".join(lines)
-    mark = "from benchmarks/data_export.json"
-    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
-    return re.sub(r"(\| \[2 data export\].*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {of['chapter 2']:.0f} |", text)
+    return quoted(text, "data_export", lines, 2, of["chapter 2"])
 
 
 def main() -> None:

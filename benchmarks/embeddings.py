@@ -17,7 +17,6 @@ import json
 import mmap
 import os
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -33,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
-from _finish import finish
+from _finish import finish, quoted
 from tqdm import tqdm
 
 from recsys_common import checkpoints, evaluation, optimizers, record_batches, scale
@@ -599,12 +598,7 @@ def readme(content: dict, text: str) -> str:
         f"trained, {of[f'create 100M, {row}']:.0f} s to make, and {of['checkpoint 100M: save']:.0f} s to save. On a "
         f"catalogue of a million items LazyAdam's NDCG@10 is {change:+.1%} from dense Adam's.",
     ]
-    block = "\n".join(lines)
-    mark = "from benchmarks/embeddings.json"
-    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
-    if "chapter 4" not in of:
-        return text
-    return re.sub(r"(\| \[4 training.*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {of['chapter 4']:.0f} |", text)
+    return quoted(text, "embeddings", lines, 4, of.get("chapter 4"))
 
 
 PARTS = ("speed", "large", "checkpoint", "rates", "quality", "configs", "kills", "servers")

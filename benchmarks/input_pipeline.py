@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import tensorflow as tf
-from _finish import finish
+from _finish import finish, quoted
 from tqdm import tqdm
 
 from recsys_common import (
@@ -645,10 +644,7 @@ def readme(content: dict, text: str) -> str:
         f"epochs of a million. An interrupted run goes on with the next row after {of['resume']:.1f} s. The files lay "
         "in the page cache.",
     ]
-    block = "\n".join(lines)
-    mark = "from benchmarks/input_pipeline.json"
-    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
-    return re.sub(r"(\| \[3 scaling data\].*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {of['chapter 3']:.0f} |", text)
+    return quoted(text, "input_pipeline", lines, 3, of["chapter 3"])
 
 
 PARTS = ("speed", "ladder", "memory", "resume", "order")

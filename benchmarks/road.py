@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from _finish import quoted
 
 from recsys_common import bigquery, datasets, ratings_table, scale
 
@@ -164,12 +164,7 @@ def readme(content: dict, text: str) -> str:
             + " | ".join("not known" if score is None else f"{score:.3f}" for score in scores)
             + f" | {of[f'{name}: chapter 1']:.0f} | {of[f'{name}: peak memory'] / 1000:.1f} GB |"
         )
-    block = "\n".join(lines)
-    text = re.sub(
-        r"(<!-- from benchmarks/road.json.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S
-    )
-    seconds = f"{of['simulated: chapter 1']:.0f}"
-    return re.sub(r"(\| \[1 what this book is about\].*?\|.*?\|.*?\|) [^|]* \|", rf"\g<1> {seconds} |", text)
+    return quoted(text, "road", lines, 1, of["simulated: chapter 1"])
 
 
 def main() -> None:

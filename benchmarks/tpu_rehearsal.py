@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _finish import finish
+from _finish import finish, quoted
 from tqdm import tqdm
 
 from recsys_common import scale, tpu, tpu_compiler
@@ -182,15 +182,7 @@ def readme(content: dict, text: str) -> str:
         "These have LazyAdam with one second moment a row. With row-wise Adagrad on a v5p, rows of 128 numbers, which "
         f"fill the lanes of its memory, take {ms[128]:.2f} ms, and rows of 64, which do not, {ms[64]:.0f} ms.",
     ]
-    block = "\n".join(lines)
-    mark = "from benchmarks/tpu_rehearsal.json"
-    text = re.sub(rf"(<!-- {mark}.*?-->\n).*?(<!-- end -->)", rf"\g<1>{block}\n\g<2>", text, flags=re.S)
-    if "chapter 5" not in of:
-        return text
-    badge = "[![tests](../../actions/workflows/test.yml/badge.svg)](../../actions/workflows/test.yml)"
-    cells = "[5 TPU training](chapters/5_tpu_training.ipynb) | What is a TPU, does my model run on it, does it pay?"
-    cells += f" | CPU, the TPU's compiler | {of['chapter 5']['value']:.0f} | {badge}"
-    return re.sub(r"\| \[?5 TPU training.*\n", f"| {cells} |\n", text, count=1)
+    return quoted(text, "tpu_rehearsal", lines, 5, of.get("chapter 5", {}).get("value"))
 
 
 def main() -> None:
