@@ -20,7 +20,7 @@ OPTIONS = --scale '$(SCALE)' --dataset '$(DATASET)' --data-dir '$(DATA_DIR)' --e
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help book test plan rehearse bench doctor lab sync lint check pytest lock lock-tpu clean clean-cloud
+.PHONY: help book test plan rehearse bench serving serve doctor lab sync lint check pytest lock lock-tpu clean clean-cloud
 
 help:  ## this list
 	@sed -n 's/^\([a-zN%-]*\):[^#]*##  *\(.*\)/  make \1|\2/p' Makefile | sed 's/%/N/' | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -46,6 +46,11 @@ rehearse: .venv/installed  ## the full path here, without an account: make rehea
 
 bench: .venv/installed  ## measure what the texts quote: make bench DATA_DIR=folder
 	@for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script" $(if $(DATA_DIR),--data-dir '$(DATA_DIR)') || exit 1; done
+
+serving: build/serving/built  ## the clients in C and Node.js, into build/serving
+
+serve: .venv/installed  ## recommendations over HTTP: make serve MODEL=folder PORT=8000
+	@$(BIN)/python serving/service.py '$(MODEL)' $(if $(PORT),--port $(PORT))
 
 doctor: .venv/installed  ## is this machine ready, and for which scale?
 	@$(BIN)/python -m recsys_common.doctor
@@ -80,6 +85,9 @@ clean:  ## remove what runs and builds left (.venv and data/ stay)
 
 clean-cloud: .venv/installed  ## list what is ours in BUCKET=name (PROJECT=name for its tables); CONFIRM=1 deletes it
 	@$(BIN)/python -m recsys_common.cleanup --bucket '$(BUCKET)' --project '$(PROJECT)' $(if $(filter 1,$(CONFIRM)),--confirm)
+
+build/serving/built: .venv/installed tools/serving.sh $(wildcard serving/*.c serving/*.h serving/*.mjs serving/package*.json)
+	@sh tools/serving.sh
 
 # Nothing is installed twice, and an install that was cut short is not taken for whole: the file comes last.
 .venv/installed: requirements.txt pyproject.toml

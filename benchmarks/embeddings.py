@@ -277,9 +277,9 @@ T_95 = 2.776  # Student's t, two-sided 95%, of 5 seeds
 class LongTail:
     """Users' items in order of time: the last 10 are the test, the 10 before those the validation."""
 
-    def __init__(self):
+    def __init__(self, chunks: int = CHUNKS):
         rows = WORLD // 10_000 if QUICK else WORLD  # 10,000 items instead of a million
-        tables = tqdm(simulated.stream(rows, 1, range(CHUNKS)), desc="simulating", unit="chunk", total=CHUNKS)
+        tables = tqdm(simulated.stream(rows, 1, range(chunks)), desc="simulating", unit="chunk", total=chunks)
         columns = [[table[name].to_numpy() for name in ("user_id", "item_id")] for table in tables]
         self.users, self.items = (np.concatenate(column).astype(np.int32) for column in zip(*columns, strict=True))
         self.num_users, self.num_items = int(self.users.max()) + 1, simulated._sizes(rows)[1] + 1

@@ -335,13 +335,14 @@ side_by_side.set_axis(["liked before", "of genre", "recommended", "genres", "the
 # ## Out of Python
 #
 # A model that only this notebook can run is of little use. `export` writes a SavedModel that takes the ids of the
-# outside world and finds its own rows, so whoever loads it needs neither the vocabulary nor this project.
+# outside world and finds its own rows, so whoever loads it needs neither the vocabulary nor this project. What else
+# stands in the folder, and how C and Node.js use it, is chapter 6.
 
 # %%
 saved = scale.run_folder(RUNS_DIR, SCALE, "chapter-1") / "model"
-vectors = model.users(tf.range(num_users)).numpy(), model.items(tf.range(num_items)).numpy()
-about = {"model": "matrix factorization", "dim": DIM, "rows": train.rows, "dataset": DATASET}
-saving.export(saved, user_ids, vectors[0], item_ids[1:], vectors[1], about)
+ids = {"user_index": user_ids, "item_index": item_ids[1:]}
+about = {"data": {"dataset": DATASET, "rows": train.rows}}
+_ = saving.export(saved, model, ids, about=about, onnx=False, index=False)  # chapter 6 has them
 
 # %% [markdown]
 # To be sure, another Python process loads it with nothing but TensorFlow, and scores the same person's ten items.
@@ -349,7 +350,7 @@ saving.export(saved, user_ids, vectors[0], item_ids[1:], vectors[1], about)
 # %%
 program = f"""
 import sys, tensorflow as tf
-score = tf.saved_model.load({str(saved)!r}).signatures["score"]
+score = tf.saved_model.load({str(saved / "saved_model")!r}).signatures["score"]
 user_id = tf.fill([{len(recommended)}], tf.constant({user_ids[person - 1]}, tf.int64))
 score = score(user_id=user_id, item_id=tf.constant({item_ids[recommended].tolist()}, tf.int64))
 assert "recsys_common" not in sys.modules

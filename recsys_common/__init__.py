@@ -7,6 +7,10 @@ TensorFlow Recommenders refuses Keras 3, and only tf-keras has stock optimizers 
 variable is set here, and an import that comes too late fails now, with the cure, rather than in the first `fit`.
 Nothing here imports TensorFlow.
 
+`python -m recsys_common...` does not look for modules in the current folder, as Python would: a config names the module
+of its architecture, and a folder that came with a config could bring one. `--allow-own-code`, or RECSYS_OWN_CODE=1 in
+the environment, is for who trusts the folder.
+
 Needs: nothing else.
 """
 
@@ -35,6 +39,14 @@ def _settle_keras() -> None:
         )
 
 
+def _forget_the_current_folder() -> None:
+    """Before anything else is imported; while Python looks for what `-m` names, that stands for the program's name."""
+    trusted = "--allow-own-code" in sys.argv or os.environ.get("RECSYS_OWN_CODE") == "1"
+    if sys.argv[:1] == ["-m"] and not trusted and sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
+
+
 # TensorFlow's C++ start-up notes would land in every notebook; warnings and errors of Python code still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+_forget_the_current_folder()
 _settle_keras()

@@ -1,7 +1,7 @@
 """How do I ask BigQuery? One client and the same SQL, on this laptop or on Google Cloud.
 
     with connect() as warehouse:                        # embedded; connect("my-project", "my-bucket") is the real one
-        warehouse.run("temporal_split.sql", train_fraction=0.8)
+        warehouse.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
         warehouse.query("SELECT COUNT(*) AS n FROM ratings")
         for shard in warehouse.shards("examples", {"split": "train"}): ...
 

@@ -8,7 +8,7 @@
     config.name, config.dump(), differences(config, Config.default("small"))
 
     python -m recsys_common.config show small                     # every field, with its meaning and default
-    python -m recsys_common.config check run.yaml training.epochs=2
+    python -m recsys_common.config check run.yaml training.epochs=2       # config_commands.py
 
 A file says what differs from the defaults. An unknown key, a wrong type and a value out of range are refused with their
 path; nothing is converted but an integer where a float is meant. Features are declared once: declared_features.py.
@@ -18,29 +18,34 @@ in its name it is a module of your own. It has a class `Parameters(Model)`, the 
 function `build(config, frequency=None)`, which returns the model. So a new architecture is one file. A config is always
 whole: making one imports the module of its architecture, and TensorFlow with it; importing this file does not.
 
-Needs: declared_features.py plain_yaml.py models/ (or an architecture of your own)
+A config is plain values and runs nothing, but that name is imported: in Python as `import` would, from wherever Python
+looks. `RECSYS_OWN_CODE=0` in the environment refuses a name with a dot, and that is how the command lines begin, since
+there a file may come from anybody and the module may lie beside it; `--allow-own-code` is for your own.
+
+Needs: declared_features.py plain_yaml.py masking.py models/ (or an architecture of your own), and config_commands.py
+for its command line
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import hashlib
 import importlib
 import json
+import os
 import pkgutil
 import re
 import reprlib
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
 
-from recsys_common.declared_features import KINDS, Declared, Features, History, Name, NotNegative, Rows, Section, field
+from recsys_common.declared_features import KINDS, Declared, History, Name, NotNegative, Rows, Section, field
+from recsys_common.masking import masked
 from recsys_common.plain_yaml import read, written
 
 Count = Annotated[int, Field(ge=1, le=2**53)]
@@ -52,13 +57,15 @@ Metric = Annotated[str, Field(pattern=r"^((NDCG|HR|recall)@[1-9][0-9]{0,8}|MRR)$
 class Data(Section):
     """Where rows come from, and which of them are trained on."""
 
-    table: Name = field("examples", "table of the warehouse with a column `shard`, such as examples.sql makes")
+    dataset: Text = field("simulated", "simulated, sample, netflix, ml-1m and the like, or project.dataset.table")
+    rows: Count | None = field(None, "ratings that are drawn where they are simulated; null: 100,000")
+    split_by: Literal["auto", "temporal", "leave-one-out"] = field("auto", "how train, validation and test are parted")
+    table: Name = field("examples", "table of the warehouse with a column `shard`: examples, or histories")
     split: Name | None = field("train", "rows to export are those whose column `split` has this value; null: all rows")
     shards: Count = field(8, "shards that the SQL deals rows out to; each becomes a file, or several")
     oov_buckets: Rows = field(1, "rows at the head of a table for ids out of the vocabulary")
     minimum_frequency: Count = field(1, "training rows that an id needs for a row of its own")
-    folder: Text = field("data/train", "folder of the training files, local or gs://")
-    validation: Text | None = field(None, "folder of the validation files; null: none")
+    folder: Text | None = field(None, "folder of the prepared files, local or gs://; null: named by what is in it")
     window: Count | None = field(None, "rows that are shuffled together; null: those of 4 record batches")
     limit: Count | None = field(None, "rows to read, the first of the files; null: all")
 
@@ -133,7 +140,8 @@ class Export(Section):
 # What differs from the defaults of the fields, as overrides; a shard has about 4 million rows.
 BY_SCALE = {
     "small": "",
-    "medium": "data.shards=32 model.embedding_dim=64 training.batch_size=8192 training.steps_per_execution=10",
+    "medium": "data.rows=1_000_000 data.shards=32 model.embedding_dim=64 training.batch_size=8192 "
+    "training.steps_per_execution=10",
     "full": "data.shards=12500 model.embedding_dim=64 optimizer.second_moment=row optimizer.warmup_steps=1000 "
     "training.batch_size=16384 training.epochs=1 training.steps_per_execution=100 training.log_every=1000 "
     "training.checkpoint_every=10000",
@@ -147,7 +155,8 @@ class Config(Section):
     """A run. `Config(training={"epochs": 2})` checks, and imports the module of the architecture.
 
     Raises:
-      ValueError: all that is wrong: the path of each field, what was found and what is expected.
+      ValueError: all that is wrong: the path of each field, what was found and what is expected; or a value that looks
+        like a credential (masking.py).
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = field(1, "of initial tables, of the order of rows, and other chance")
@@ -164,6 +173,9 @@ class Config(Section):
             super().__init__(**sections)
         except ValidationError as error:
             raise ValueError(_explained(error, sections)) from None
+        for path, value in leaves(self.tree()).items():  # masked in a file, it would be another config
+            if (found := masked(text := str(value))) != text:
+                raise ValueError(f"{path}: found {found}, expected no credential: a config is kept, printed and shared")
 
     @field_validator("model", mode="before")
     @classmethod
@@ -333,11 +345,13 @@ def parameters(architecture: str) -> type[Model]:
     """The class of an architecture's section `model`; imports its module.
 
     Raises:
-      ValueError: no such module, or one without `Parameters` and `build`.
+      ValueError: no such module, or one without `Parameters` and `build`; one of your own while RECSYS_OWN_CODE is 0.
     """
     path = f"model.architecture: found {architecture!r}"
     if not isinstance(architecture, str) or not all(part.isidentifier() for part in architecture.split(".")):
         raise ValueError(f"{path}, expected the name of a module")
+    if "." in architecture and os.environ.get("RECSYS_OWN_CODE") == "0":
+        raise ValueError(f"{path}, a module that would be run; if it is yours: --allow-own-code, or RECSYS_OWN_CODE=1")
     name = _module(architecture)
     try:
         module = importlib.import_module(name)
@@ -362,16 +376,22 @@ ABSENT = type("Absent", (), {"__repr__": lambda self: "absent"})()  # of a field
 
 def differences(a: Config, b: Config) -> list[tuple]:
     """(path, value in a, value in b) of each field that differs; `ABSENT` where there is no such field."""
-    left, right = _leaves(a.tree()), _leaves(b.tree())
+    return tree_differences(a.tree(), b.tree())
+
+
+def tree_differences(a: dict, b: dict) -> list[tuple]:
+    """`differences` of two trees, such as those of config.yaml of two runs; imports no architecture."""
+    left, right = leaves(a), leaves(b)
     pairs = [(path, left.get(path, ABSENT), right.get(path, ABSENT)) for path in left | right]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict:
-    leaves = {}
+def leaves(tree: dict, prefix: str = "") -> dict:
+    """Path -> value of each field of a tree that has no fields of its own."""
+    found = {}
     for name, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 # Faults ------------------------------------------------------------------------------------------------
@@ -425,65 +445,11 @@ def _explained(error: ValidationError, tree: dict) -> str:
         elif kind == "missing":
             message = f"missing{what}"
         elif kind not in ("value_error", "assertion_error"):  # what a validator says stands as it is
-            name = "null" if found is None else f"{reprlib.repr(found)} ({type(found).__name__})"
+            name = "null" if found is None else f"{reprlib.repr(masked(found))} ({type(found).__name__})"
             message = f"found {name}, expected {message}{what}"
         lines.append(message if message.startswith(f"{path}.") else f"{path}: {message}")
     return "\n  ".join([f"{len(lines)} fault{'s' * (len(lines) > 1)} in the config", *lines])
 
 
-# Command line ------------------------------------------------------------------------------------------
-
-
-def _described(section: Section | Features, tree: dict, indent: str = "") -> Iterator[str]:
-    """YAML with a comment above each field."""
-    for name, value in section.items() if isinstance(section, Features) else section:
-        if isinstance(value, Section | Features):
-            yield f"{indent}{name}:"
-            yield from _described(value, tree[name], indent + "  ")
-        else:
-            yield textwrap.indent(type(section).model_fields[name].description or "", f"{indent}# ", lambda line: True)
-            yield textwrap.indent(written({name: tree[name]}), indent).rstrip("\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0, or 1 where something is wrong or two configs differ."""
-    parser = argparse.ArgumentParser("python -m recsys_common.config", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    config_or_scale = f"a YAML file, or a scale: {', '.join(BY_SCALE)}"
-    for name, purpose in (
-        ("show", "print each field with its meaning"),
-        ("check", "print the name of a config, or what is wrong with it"),
-        ("diff", "compare two configs field by field"),
-    ):
-        command = commands.add_parser(name, help=purpose, description=purpose)
-        command.add_argument("config", help=config_or_scale)
-        if name == "diff":
-            command.add_argument("other", help=config_or_scale)
-        else:
-            command.add_argument("overrides", nargs="*", help="path=value, such as model.embedding_dim=64")
-    schema = commands.add_parser("schema", help="print the JSON Schema for editors")
-    schema.add_argument("architecture", nargs="?", help="with the fields that it has in `model`")
-    given = parser.parse_args(arguments)
-
-    def config(of: str, *overrides: str) -> Config:
-        return Config.default(of).override(*overrides) if of in BY_SCALE else Config.load(of, *overrides)
-
-    try:
-        if given.command == "schema":
-            print(json.dumps(Config.json_schema(given.architecture), indent=1))
-        elif given.command == "diff":
-            found = differences(config(given.config), config(given.other))
-            print("\n".join(f"{path}: {a!r} -> {b!r}" for path, a, b in found) or "the same")
-            return int(bool(found))
-        else:
-            one = config(given.config, *given.overrides)
-            print(one.name if given.command == "check" else "\n".join([f"# {one.name}", *_described(one, one.tree())]))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    # Not this copy of the module, but the one that architectures import.
-    sys.exit(importlib.import_module("recsys_common.config").main())
+    sys.exit(importlib.import_module("recsys_common.config_commands").main())

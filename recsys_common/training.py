@@ -13,10 +13,11 @@ losses, bit for bit where the device computes them so. The folder of a run:
     tensorboard/              the same numbers for TensorBoard
     run.json                  how it ended, on which machine, with which versions
 
-A short run needs none of that: `losses = fit(model, dataset, epochs=5, steps_per_epoch=steps, batch_size=1024)`.
+`python -m recsys_common train` is this with the data made, the test asked and more in the folder (runs.py). A short run
+needs none of that: `losses = fit(model, dataset, epochs=5, steps_per_epoch=steps, batch_size=1024)`.
 
-Needs: scale.py config.py declared_features.py plain_yaml.py features.py record_batches.py input_pipeline.py
-embeddings.py optimizers.py training_step.py checkpoints.py errors.py
+Needs: scale.py config.py declared_features.py plain_yaml.py masking.py features.py record_batches.py
+input_pipeline.py embeddings.py optimizers.py training_step.py checkpoints.py errors.py
 """
 
 from __future__ import annotations
@@ -308,10 +309,11 @@ class _Running:
         self.board.close()
         if self.config.training.early_stopping and stopped != "SIGTERM":
             checkpoints.restore(checkpoints.latest(self.folder / "best"), {"model": self.model})
-        rows = [{"case": "training", "value": self.seconds, "unit": "s"}]
-        about = scale.result(self.config.name, rows, scale="", dataset=self.manifest.folder)
+        path, rows = self.folder / "run.json", [{"case": "training", "value": self.seconds, "unit": "s"}]
+        known = json.loads(path.read_text()) if path.exists() else {}  # what runs.py wrote
+        known |= scale.result(self.config.name, rows, scale="", dataset=self.manifest.folder)
         ended = {"stopped": stopped, "steps": self.step, "config": self.config.hash, "evaluations": self.evaluations}
-        scale.write_json(self.folder / "run.json", about | ended)
+        scale.write_json(path, known | ended)
         return Run(self.folder, self.model, self.optimizer, self.step, stopped, self.evaluations, self.seconds)
 
     def _not_finite(self, done: int, seen: np.ndarray) -> str:

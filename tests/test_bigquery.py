@@ -76,7 +76,7 @@ def test_ids_at_the_edge_of_int64_survive(warehouse):
 
 
 def test_temporal_split_shows_no_one_the_future(loaded):
-    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
     split = loaded.query("SELECT split, timestamp FROM split_ratings").to_pylist()
     train = [row["timestamp"] for row in split if row["split"] == "train"]
     test = [row["timestamp"] for row in split if row["split"] == "test"]
@@ -101,7 +101,7 @@ def test_leave_one_out_breaks_equal_times_by_item(warehouse):
 
 
 def test_vocabularies_number_training_ids_by_frequency(loaded):
-    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
     loaded.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     items = rows_of(loaded.query("SELECT item_index, item_id, frequency FROM item_vocabulary"))
     # 10 and 20 both have three training rows: the smaller id first; 40 has none
@@ -113,7 +113,7 @@ def test_vocabularies_number_training_ids_by_frequency(loaded):
 def test_examples_keep_every_row_once_and_spread_them(warehouse):
     tables = datasets.load("simulated", rows=20_000)
     load(warehouse, tables)
-    warehouse.run("temporal_split.sql", train_fraction=0.8)
+    warehouse.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
     warehouse.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     warehouse.run("examples.sql", shards=8)
     shards = list(warehouse.shards("examples", {"split": "train"}))
@@ -199,7 +199,7 @@ def test_an_existing_table_is_read_in_place(loaded, theirs):
 
 def test_items_without_a_title_are_shown_by_number(loaded, theirs):
     load(loaded, in_place("ratings"))
-    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
     loaded.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     titles = loaded.run("titles.sql", item_indices=[1, 2]).to_pylist()
     assert sorted(row["title"] for row in titles) == ["item 10", "item 20"]
@@ -318,7 +318,7 @@ def test_auto_splits_by_time_where_there_is_one(loaded, how, time, file):
 
 
 def test_no_row_for_a_shard_export_is_an_error(loaded):
-    loaded.run("temporal_split.sql", train_fraction=0.8)
+    loaded.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
     loaded.run("vocabularies.sql", oov_buckets=1, minimum_frequency=1, pieces=1)
     loaded.run("examples.sql", shards=2)
     with pytest.raises(ValueError, match="'examples' has no rows where split = 'validation'"):

@@ -62,7 +62,7 @@ def crowded(seed: int = 0) -> dict:
 @pytest.mark.parametrize("values", [ONE_BUCKET, {"oov_buckets": 5, "minimum_frequency": 9, "pieces": 4}])
 def test_vocabularies_are_dense_and_by_frequency(warehouse, values):
     put(warehouse, "ratings", crowded())
-    warehouse.run("temporal_split.sql", train_fraction=0.5)
+    warehouse.run("temporal_split.sql", train_fraction=0.5, validation_fraction=0.0)
     warehouse.run("vocabularies.sql", **values)
     split = warehouse.query("SELECT * FROM split_ratings WHERE split = 'train'").to_pylist()
     buckets, pieces = values["oov_buckets"], values["pieces"]
@@ -137,7 +137,7 @@ def tensorflows(strings: list[str], names) -> list[tuple]:
 
 def test_each_shard_is_a_random_sample(warehouse):
     load(warehouse, datasets.load("simulated", rows=20_000))
-    warehouse.run("temporal_split.sql", train_fraction=0.8)
+    warehouse.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.0)
     warehouse.run("vocabularies.sql", **ONE_BUCKET)
     warehouse.run("examples.sql", shards=8)
     table = warehouse.read("examples").to_pandas()
@@ -159,7 +159,7 @@ def test_which_items_a_shard_has_differs_from_user_to_user(warehouse, name):
     users, items = np.indices((6, 100)).reshape(2, -1)
     moment = np.random.default_rng(1).permutation(600)
     put(warehouse, "ratings", {"user_id": users, "item_id": items, "rating": np.ones(600), "timestamp": moment})
-    warehouse.run("temporal_split.sql", train_fraction=0.9)
+    warehouse.run("temporal_split.sql", train_fraction=0.9, validation_fraction=0.0)
     warehouse.run("vocabularies.sql", **ONE_BUCKET)
     warehouse.run(f"{name}.sql", shards=8, **({"length": 1} if name == "histories" else {}))
     table = warehouse.read(name).to_pandas()
@@ -172,7 +172,8 @@ def test_which_items_a_shard_has_differs_from_user_to_user(warehouse, name):
 @pytest.mark.parametrize("split", ["temporal_split.sql", "leave_last_out.sql"])
 def test_histories_hold_only_the_past(warehouse, split):
     put(warehouse, "ratings", crowded())
-    warehouse.run(split, **({"holdout": 1} if split == "leave_last_out.sql" else {"train_fraction": 0.7}))
+    fractions = {"train_fraction": 0.5, "validation_fraction": 0.2}
+    warehouse.run(split, **({"holdout": 1} if split == "leave_last_out.sql" else fractions))
     warehouse.run("vocabularies.sql", oov_buckets=2, minimum_frequency=10, pieces=2)
     warehouse.run("examples.sql", shards=4)
     users, items = (
@@ -227,7 +228,7 @@ def test_what_is_held_out_last_is_in_no_history(warehouse):
 @pytest.mark.parametrize("fraction", [0.2, 0.8])
 def test_equal_timestamps_at_the_cut_stay_together(warehouse, fraction):
     put(warehouse, "ratings", crowded())
-    warehouse.run("temporal_split.sql", train_fraction=fraction)
+    warehouse.run("temporal_split.sql", train_fraction=fraction, validation_fraction=0.0)
     parts = warehouse.query("SELECT timestamp, split FROM split_ratings").to_pandas()
     assert len(parts) == 660 and set(parts["split"]) == {"train", "test"}
     assert parts.groupby("timestamp")["split"].nunique().max() == 1
@@ -236,10 +237,23 @@ def test_equal_timestamps_at_the_cut_stay_together(warehouse, fraction):
     assert fraction - 0.12 < (parts["split"] == "train").mean() <= fraction + 0.01
 
 
+def test_a_second_moment_parts_validation_from_test(warehouse):
+    """Of 100 ratings at 100 moments, 80, 10 and 10, in the order of time."""
+    moments = np.random.default_rng(3).permutation(100)
+    put(warehouse, "ratings", {"user_id": moments % 7, "item_id": moments, "rating": moments / 2, "timestamp": moments})
+    warehouse.run("temporal_split.sql", train_fraction=0.8, validation_fraction=0.1)
+    found = warehouse.query("SELECT split, MIN(timestamp), MAX(timestamp), COUNT(*) FROM split_ratings GROUP BY split")
+    parts = {part: numbers for part, *numbers in rows_of(found)}
+    assert sum(count for *_, count in parts.values()) == 100 and list(parts) == ["test", "train", "validation"]
+    assert parts["train"][0] == 0 and parts["test"][1] == 99  # and no moment between two parts is missing:
+    assert parts["train"][1] + 1 == parts["validation"][0] and parts["validation"][1] + 1 == parts["test"][0]
+    assert abs(parts["train"][2] - 80) <= 1 and abs(parts["validation"][2] - 10) <= 1
+
+
 def test_item_frequencies_have_no_gaps(warehouse):
     buckets = 50  # more than there are items out of the vocabulary
     put(warehouse, "ratings", crowded())
-    warehouse.run("temporal_split.sql", train_fraction=0.5)
+    warehouse.run("temporal_split.sql", train_fraction=0.5, validation_fraction=0.0)
     warehouse.run("vocabularies.sql", oov_buckets=buckets, minimum_frequency=8, pieces=1)
     warehouse.run("examples.sql", shards=1)
     warehouse.run("item_frequencies.sql")

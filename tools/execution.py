@@ -4,6 +4,7 @@
 
 `execute` leaves a record beside the metrics, `runs/<scale>/chapter-N/<command>.json`, written last and
 renamed into place. `unchanged` finds it as long as its inputs stand; a killed or failed run leaves none.
+A parameter may be a credential, and an output may show one: what is written is masked (recsys_common/masking.py).
 
 Needs: notebooks.py; recsys_common installed
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 import notebooks
 
 from recsys_common import scale
+from recsys_common.masking import masked
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("run", "rehearse", "sync", "check")
@@ -129,7 +131,7 @@ def execute(job: Job) -> dict:
         "chapter": notebooks.title(job.path),
         "command": job.command,
         "scale": job.scale,
-        "parameters": job.parameters,
+        "parameters": masked(job.parameters),
         **meter,
         "inputs": inputs,
         "notebook": _hash(job.path.with_suffix(".ipynb")),
@@ -146,6 +148,7 @@ def run(job: Job) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
 
+    _mask(job.executed)
     progress = {
         "desc": f"chapter {job.number}",
         "bar_format": "{desc}: cell {n_fmt}/{total_fmt}, {elapsed}",
@@ -169,11 +172,27 @@ def run(job: Job) -> None:
             )
         except papermill.PapermillExecutionError as error:
             log.write("\n".join(error.traceback))
-            message = f"in cell [{error.exec_count}]\n{error.ename}: {error.evalue}"
+            message = masked(f"in cell [{error.exec_count}]\n{error.ename}: {error.evalue}")
             raise Failed(f"{message}\nexecuted so far: {relative(job.executed)}") from error
         except DeadKernelError as error:
             message = "the kernel died: killed, perhaps for memory\n"
             raise Failed(f"{message}executed so far: {relative(job.executed)}") from error
+        finally:
+            log.flush()
+            job.log.write_text(masked(job.log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+
+
+def _mask(path: Path) -> None:
+    """Papermill writes the notebook before, while and after its cells run: without credentials, at any time."""
+    import nbformat
+    import papermill.iorw
+
+    class Masked(papermill.iorw.LocalHandler):
+        def write(self, buf, path):
+            notebook = masked(nbformat.reads(buf, as_version=4))
+            return super().write(nbformat.writes(nbformat.from_dict(notebook)), path)
+
+    papermill.iorw.papermill_io.register(str(path), Masked())  # for paths that begin so
 
 
 def sync(job: Job) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
@@ -103,3 +104,21 @@ def load(
     if name in movielens.NAMES:
         return movielens.load(name, data_dir, duplicates=duplicates)
     raise ValueError(f"{name!r} is not a data set; expected simulated, sample, netflix, {', '.join(movielens.NAMES)}")
+
+
+def folder(name: str, data_dir: str) -> Path:
+    """Where the files of a data set lie, or will lie once `load` has downloaded them.
+
+    Raises:
+      ValueError: `name` is not a data set of files.
+    """
+    from . import movielens
+
+    places = {"sample": "sample", "netflix": "netflix"} | {
+        each: place for each, (_, place, *_) in movielens.NAMES.items()
+    }
+    if name not in places:
+        raise ValueError(
+            f"{name!r} is not a data set; expected simulated, {', '.join(places)}, or project.dataset.table"
+        )
+    return Path(data_dir, places[name])

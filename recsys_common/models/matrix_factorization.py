@@ -12,7 +12,7 @@ RecSys 2019, section 3) popular items are punished for being frequent negatives.
 when a batch touches it, provided that the optimizer is row-sparse: tf-keras Adagrad is, Adam is not (chapter 4). The
 tables are filled slice by slice: memory never holds them twice.
 
-Needs: config.py embeddings.py
+Needs: config.py declared_features.py plain_yaml.py masking.py embeddings.py
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class MatrixFactorization(tfrs.Model):
             self.sampling_probability = tf.constant(np.maximum(frequency, 1) / max(frequency.sum(), 1))
         self.task = tfrs.tasks.Retrieval(remove_accidental_hits=True)
 
-    def users(self, user_index: tf.Tensor) -> tf.Tensor:
-        """[B] -> [B, dim + 1]: p_u and a 1 that meets the bias."""
+    def users(self, users: tf.Tensor | dict[str, tf.Tensor]) -> tf.Tensor:
+        """Int [B], or a dict that has it under the user's name -> [B, dim + 1]: p_u and a 1 that meets the bias."""
+        user_index = users[self.user] if isinstance(users, dict) else users
         rows = self.rows({self.user: user_index})[self.user]
         return tf.concat([rows, tf.ones_like(rows[:, :1])], 1)
 
@@ -110,7 +111,8 @@ class MatrixFactorization(tfrs.Model):
             compute_metrics=False,  # ranking against all items happens after training, exactly
         )
 
-    def scores(self, user_index: np.ndarray) -> np.ndarray:
-        """int [U] -> float32 [U, num_items], equation (1) for every item."""
+    def scores(self, users: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """Int [U], or a dict as for `users` -> float32 [U, num_items], equation (1) for every item."""
+        users = users[self.user] if isinstance(users, dict) else users
         every_item = self.items(tf.range(self.item_table.shape[0]))
-        return tf.matmul(self.users(tf.constant(user_index)), every_item, transpose_b=True).numpy()
+        return tf.matmul(self.users(tf.constant(users)), every_item, transpose_b=True).numpy()

@@ -18,7 +18,7 @@ where m has weight 0: it pads a last batch. The sum is not divided by B, so that
 In a config, `user` and `item` name features with a table. All features of kind history go into the user's tower; they
 may share the item's table. Of the others only `weight` counts. All shapes follow from the batch's: XLA compiles a step.
 
-Needs: config.py declared_features.py plain_yaml.py embeddings.py features.py
+Needs: config.py declared_features.py plain_yaml.py masking.py embeddings.py features.py
 """
 
 from __future__ import annotations

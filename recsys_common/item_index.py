@@ -1,0 +1,119 @@
+"""Which items have the highest scores for a user, exactly or nearly?
+
+    places, scores = item_index.exact(vectors, users, 100)                     # the yardstick: reads every vector
+    about = item_index.build("index.usearch", vectors, sample_of_users, k=100)  # as artifact.Index has it
+    index = item_index.load("index.usearch", about["expansion_search"])
+    places, scores = item_index.search(index, users, 100)
+
+A score is an inner product, by which a long vector is near to everyone, and a graph of neighbours has a few hubs that
+lead nowhere else. Each item therefore gets one number more, which makes all of them equally long, and the user a 0: no
+inner product of a user and an item changes, but items are now neighbours where they are alike (Bachrach et al.,
+"Speeding Up the Xbox Recommender System Using a Euclidean Transformation for Inner-Product Spaces", RecSys 2014).
+
+The graph is HNSW (Malkov & Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical
+navigable small world graphs", 2016) by usearch, whose files other languages read too. Chosen at the search, and
+not stored in the file, is `expansion_search`: more candidates are slower and find more. `build` measures it.
+
+Needs: nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+CONNECTIVITY, EXPANSION_ADD = 32, 128  # neighbours of an item, and candidates for them
+SEARCHES = (64, 128, 256, 512, 1024, 2048)  # expansion_search that are tried
+BLOCK = 1 << 16  # items whose scores are in memory at once
+
+
+def exact(vectors: np.ndarray, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k items with the highest inner products, best first; of equal scores the lower place first.
+
+    Args:
+      vectors: float32 [I, D]; may be mapped.
+      users: float32 [n, D].
+
+    Returns:
+      Places int64 and scores float32, [n, min(k, I)].
+    """
+    k = min(k, len(vectors))
+    scores, places = np.full((len(users), k), -np.inf, np.float32), np.zeros((len(users), k), np.int64)
+    for begin in range(0, len(vectors), BLOCK):
+        block = users @ np.asarray(vectors[begin : begin + BLOCK]).T
+        for user, row in enumerate(block):
+            better = np.flatnonzero(row > scores[user, -1])
+            if len(better) > k:
+                better = better[row[better] >= np.partition(row[better], -k)[-k]]
+            joined = np.concatenate([scores[user], row[better]])
+            best = np.argsort(-joined, kind="stable")[:k]
+            places[user] = np.concatenate([places[user], begin + better])[best]
+            scores[user] = joined[best]
+    return places, scores
+
+
+def build(
+    path: str | Path, vectors: np.ndarray, users: np.ndarray, k: int = 100, recall: float = 0.95, threads: int = 1
+) -> dict:
+    """Write an index, and find how it has to be searched.
+
+    Args:
+      vectors: float32 [I, D]; may be mapped.
+      users: float32 [n, D], vectors of real users, by which the recall is measured.
+      k: length of their lists.
+      recall: `expansion_search` becomes the smallest of `SEARCHES` that reaches it, or the largest.
+      threads: the file is the same at every build with 1 only.
+
+    Returns:
+      What artifact.Index has, but the file.
+    """
+    from usearch.index import Index
+
+    dim, k = vectors.shape[1] + 1, min(k, len(vectors))
+    index = Index(ndim=dim, metric="ip", dtype="f32", connectivity=CONNECTIVITY, expansion_add=EXPANSION_ADD)
+    lengths = [np.square(vectors[at : at + BLOCK], dtype=np.float64).sum(1) for at in range(0, len(vectors), BLOCK)]
+    longest = max(each.max() for each in lengths)
+    for number, squares in enumerate(lengths):
+        begin = number * BLOCK
+        rest = np.sqrt(longest - squares)[:, None].astype(np.float32)
+        block = np.concatenate([vectors[begin : begin + BLOCK], rest], 1, dtype=np.float32)
+        index.add(np.arange(begin, begin + len(block)), block, threads=threads)
+    index.save(str(path))
+    right, _ = exact(vectors, users, k)
+    for expansion in SEARCHES:
+        index.expansion_search = expansion
+        found = recall_of(search(index, users, k)[0], right)
+        if found >= recall:
+            break
+    return {
+        "metric": "ip",
+        "dtype": "f32",
+        "dim": dim,
+        "connectivity": CONNECTIVITY,
+        "expansion_add": EXPANSION_ADD,
+        "expansion_search": expansion,
+        "recall": {"k": k, "value": round(found, 4), "users": len(users)},
+    }
+
+
+def load(path: str | Path, expansion_search: int):
+    """An index of `build`, mapped from its file."""
+    from usearch.index import Index
+
+    index = Index.restore(str(path), view=True)
+    index.expansion_search = expansion_search
+    return index
+
+
+def search(index, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `exact`, nearly: places int64 and scores float32, [n, min(k, I)]."""
+    longer = np.zeros((len(users), index.ndim), np.float32)
+    longer[:, : users.shape[1]] = users
+    found = index.search(longer, min(k, len(index)))
+    return found.keys.astype(np.int64).reshape(len(users), -1), 1 - found.distances.reshape(len(users), -1)
+
+
+def recall_of(found: np.ndarray, right: np.ndarray) -> float:
+    """Share of each row of `right` [n, k] that is in the same row of `found`; the mean of the rows."""
+    return float(np.mean([np.isin(theirs, ours).mean() for ours, theirs in zip(found, right, strict=True)]))
