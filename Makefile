@@ -50,7 +50,8 @@ bench: .venv/installed  ## measure what the texts quote: make bench DATA_DIR=fol
 serving: build/serving/built  ## the clients in C and Node.js, into build/serving
 
 serve: .venv/installed  ## recommendations over HTTP: make serve MODEL=folder PORT=8000
-	@$(BIN)/python serving/service.py '$(MODEL)' $(if $(PORT),--port $(PORT))
+	@$(if $(MODEL),,echo "which model? make serve MODEL=folder" && exit 1;) \
+	$(BIN)/python serving/service.py '$(MODEL)' $(if $(PORT),--port $(PORT))
 
 doctor: .venv/installed  ## is this machine ready, and for which scale?
 	@$(BIN)/python -m recsys_common.doctor

@@ -15,13 +15,15 @@ import json
 import sys
 import time
 
+JSON = "content-type: application/json"
+
 
 async def connection(port: int, requests, milliseconds: list, statuses: collections.Counter) -> int:
     """Send what `requests` gives until it ends; how many failed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     failed = 0
     for body, expected in requests:
-        head = f"POST /recommend HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        head = f"POST /recommend HTTP/1.1\r\nhost: 127.0.0.1\r\n{JSON}\r\ncontent-length: {len(body)}"
         start = time.perf_counter()
         writer.write(head.encode() + b"\r\n\r\n" + body)
         status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")

@@ -32,6 +32,7 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 VERSION = 1
@@ -212,6 +213,15 @@ def sha256(path: Path) -> str:
         while block := stream.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_ids(path: str | Path) -> np.ndarray | list[str]:
+    """Ids in their order: int64, mapped into memory, or strings."""
+    path = Path(path)
+    if path.suffix == ".i64":
+        return np.memmap(path, "<i8", "r")
+    # Not splitlines: what else ends a line for Python may stand in a JSON string.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_manifest(folder: str | Path) -> None:

@@ -62,7 +62,7 @@ def initial_rows(table: Table, seed: int, begin: int, end: int) -> tf.Tensor:
     return tf.cast(tf.concat(blocks, 0), table.dtype)
 
 
-def create(table: Table, seed: int = 0, slice_rows: int = 1 << 20) -> tf.Variable:
+def create(table: Table, seed: int = 0, slice_rows: int = 1 << 16) -> tf.Variable:
     """The variable [rows, dim] of a table, filled slice by slice: peak memory is the table and two slices.
 
     Under a strategy, call it in `strategy.scope()`.

@@ -81,6 +81,7 @@ def export(folder: str | Path, name: str, function: Callable, specs: dict[str, t
         for key, value in (("location", file), ("offset", 0), ("length", 4 * variable.shape.num_elements())):
             tensor.external_data.add(key=key, value=str(value))
         proto.graph.initializer.append(tensor)
+    _in_one_order(proto.graph, tables)
     path = folder / f"{name}.onnx"
     path.write_bytes(proto.SerializeToString(deterministic=True))
     try:
@@ -89,6 +90,34 @@ def export(folder: str | Path, name: str, function: Callable, specs: dict[str, t
     except Exception as error:
         raise ValueError(f"{path.name}: tf2onnx made a file that is no ONNX model of opset {OPSET}: {error}") from error
     return {"file": path.name, "opset": OPSET, "inputs": _about(specs), "outputs": _about(traced.structured_outputs)}
+
+
+def _in_one_order(graph, tables: dict) -> None:
+    """Sort and name nodes, values and constants by the way from the outputs back to the inputs.
+
+    tf2onnx goes by the order of sets, which is another one in each process.
+    """
+    made = {output: node for node in graph.node for output in node.output}
+    nodes, done, stack = [], set(), [made[output.name] for output in graph.output][::-1]
+    while stack:
+        node = stack[-1]
+        waiting = [made[each] for each in node.input if each in made and made[each].output[0] not in done]
+        if not waiting and node.output[0] not in done:
+            nodes.append(type(node).FromString(node.SerializeToString()))
+            done.add(node.output[0])
+        stack[-1:] = [node, waiting[0]] if waiting else []
+    names = {each.name: each.name for each in [*graph.input, *graph.output]} | {key: key for key in tables}
+    for number, node in enumerate(nodes):
+        node.name = f"{node.op_type}_{number}"
+        for part in (node.input, node.output):
+            part[:] = [each and names.setdefault(each, f"value_{len(names)}") for each in part]
+    constants = [each for each in graph.initializer if each.name in names]
+    for each in constants:
+        each.name = names[each.name]
+    constants = [type(each).FromString(each.SerializeToString()) for each in sorted(constants, key=lambda x: x.name)]
+    for field, content in (("node", nodes), ("initializer", constants), ("value_info", [])):
+        graph.ClearField(field)
+        getattr(graph, field).extend(content)
 
 
 def _about(tensors: dict) -> dict:

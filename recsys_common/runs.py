@@ -22,7 +22,7 @@ end: exact ranking of all items (evaluation.py), for at most `evaluation.users` 
 The same config and the same data give the same metrics, bit for bit on a CPU with the same versions, also where the
 run was killed in between: `train` makes TensorFlow's operations deterministic, in the whole process. On another kind
 of processor or another version of TensorFlow sums are made in another order, and what differs in the last digit grows
-with the steps: there expect metrics that agree to about 2% of their value.
+with the steps: how far was not measured, so there compare a run with its own popularity.
 
 Needs: training.py prepare.py and what they need; evaluation.py saving.py (for `export`)
 """
@@ -81,6 +81,8 @@ def train(
     project: str = "",
     bucket: str = "",
     location: str = "US",
+    data: str | os.PathLike | None = None,
+    before: str | os.PathLike | None = None,
 ) -> Run:
     """Prepare the data, train, and ask the test. The same call resumes; of a finished run it returns what is there.
 
@@ -88,25 +90,29 @@ def train(
       config: the run; the rows of its tables may be open.
       runs_dir: data goes to its folder `data`, the run to its folder `train`.
       data_dir, project, bucket, location: as for `prepare.prepare`.
+      data: folder of data that `prepare` has made, perhaps elsewhere; None: it is prepared now, or found.
+      before: folder of an earlier run with its exported model. The first step begins with the rows that it has for ids
+        that are still there, and with its layers; new ids begin as always.
 
     Raises:
       BlockingIOError: another process is at work on this run.
       ValueError: the folder has a run of the same config on other data; others as `prepare` and `training.train`.
     """
-    from recsys_common.prepare import prepare
+    from recsys_common.prepare import found, prepare
 
     start = time.perf_counter()
-    prepared = prepare(config, runs_dir=runs_dir, data_dir=data_dir, project=project, bucket=bucket, location=location)
+    places = {"data_dir": data_dir, "project": project, "bucket": bucket, "location": location}
+    prepared = found(data, config) if data else prepare(config, runs_dir=runs_dir, **places)
     folder, prepared_in = Path(runs_dir) / "train" / prepared.config.name, time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     with _log(folder):
-        about = _started(folder, prepared)
+        about = _started(folder, prepared, before)
         if about["state"] == "finished":
             log.info("finished already: %s", folder)
-            return Run(folder, about)
+            return load(folder)
         about["seconds"]["prepare"] += prepared_in
         try:
-            about |= _trained(folder, prepared, about)
+            about |= _trained(folder, prepared, about, before)
         except BaseException as error:
             log.exception("ended by an error")
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -114,10 +120,10 @@ def train(
             raise
         _written(folder, about)
         log.info("%s: %s", about["state"], folder)
-    return Run(folder, about)
+    return load(folder)
 
 
-def _started(folder: Path, prepared) -> dict:
+def _started(folder: Path, prepared, before) -> dict:
     """run.json as it is at the start, written; or that of a run that has finished."""
     from recsys_common import checkpoints
 
@@ -142,6 +148,8 @@ def _started(folder: Path, prepared) -> dict:
         "name": prepared.config.name,
         "state": "running",
         "config": prepared.config.hash,
+        "metric": prepared.config.evaluation.metric,
+        "before": load(before).about["name"] if before else None,
         "starts": [*known.get("starts", []), begun],
         "data": data,
         "seed": prepared.config.seed,
@@ -155,7 +163,7 @@ def _started(folder: Path, prepared) -> dict:
     return about
 
 
-def _trained(folder: Path, prepared, about: dict) -> dict:
+def _trained(folder: Path, prepared, about: dict, before) -> dict:
     """Train and ask the test; what run.json says of it."""
     import tensorflow as tf
 
@@ -171,7 +179,9 @@ def _trained(folder: Path, prepared, about: dict) -> dict:
         return found
 
     make = functools.partial(config.build, _longer(frequency, config))
-    run = training.train(config, make, {"train": prepared.train}, folder=folder, evaluate=evaluated)
+    begin = functools.partial(_begin, Path(before), prepared) if before else None
+    files = {"train": prepared.train}
+    run = training.train(config, make, files, folder=folder, evaluate=evaluated, initialise=begin)
     seconds = about["seconds"] | {"train": run.seconds}
     ended = {"steps": run.steps, "stopped": run.stopped, "evaluations": run.evaluations, "seconds": seconds}
     if run.stopped == "SIGTERM":
@@ -225,6 +235,7 @@ def evaluate(model, prepared, part: str) -> dict[str, float]:
 def _inputs(config: Config, users, histories: dict[int, list[int]]):
     """What `scores` takes: the users; with histories, all that the features of a user are made of."""
     import numpy as np
+    import tensorflow as tf
 
     if not config.lengths():
         return users
@@ -234,7 +245,7 @@ def _inputs(config: Config, users, histories: dict[int, list[int]]):
         taken = [histories.get(int(user), [])[-length:] for user in users]
         columns[column] = np.array([[0] * (length - len(row)) + row for row in taken], np.int32)
         columns[f"{column}_length"] = np.array([len(row) for row in taken], np.int32)
-    return config.transform()(columns)
+    return config.transform()({name: tf.constant(column) for name, column in columns.items()})
 
 
 def _longer(frequency, config: Config):
@@ -324,35 +335,61 @@ def curves(folders: list[str | os.PathLike]):
     return figure
 
 
-def export(folder: str | os.PathLike) -> Path:
+def export(folder: str | os.PathLike, data: str | os.PathLike | None = None) -> Path:
     """Write the model of a run to its folder `config.export.folder`: its best checkpoint, or else its latest.
+
+    Args:
+      data: folder of the data that it was trained on; None: where that was then.
 
     Raises:
       FileNotFoundError: no run, no checkpoint yet, or its data is gone.
       Others as `saving.export`.
     """
     from recsys_common import checkpoints, saving
-    from recsys_common.prepare import SIDES, found
+    from recsys_common.prepare import found
 
     run, folder = load(folder), Path(folder)
     config = Config.load(folder / "config.yaml")
     place = run.about["data"]["folder"]
-    prepared = found(place if "://" in place else os.path.normpath(folder / place), config)
+    prepared = found(data or (place if "://" in place else os.path.normpath(folder / place)), config)
     latest = checkpoints.latest(folder / "best") or checkpoints.latest(folder / "checkpoints")
     if latest is None:
         raise FileNotFoundError(f"{folder}: no checkpoint yet; make the run again, it goes on")
     model = restored(config, prepared.frequency(), latest)
-    of_column = {f"{side}_index": side for side in SIDES}
-    vocabularies = {
-        name: prepared.vocabulary(of_column[feature.column])
-        for name, feature in config.features.items()
-        if feature.column in of_column and feature.kind == "index"
-    }
     about = {"name": run.about["name"], "commit": run.about["starts"][-1]["commit"]}
     about |= {"data": run.about["data"], "metrics": run.metrics}
     about["run"] = {name: run.about[name] for name in ("name", "state", "starts", "seed", "machine", "versions")}
     about["run"]["checkpoint"] = f"{latest.parent.name}/{latest.name}"
-    return saving.export(folder / config.export.folder, model, vocabularies, config, about=masked(about))
+    return saving.export(folder / config.export.folder, model, _vocabularies(prepared), config, about=masked(about))
+
+
+def _vocabularies(prepared) -> dict:
+    """The ids of each feature that has a table by vocabulary, in the order of its rows."""
+    from recsys_common.prepare import SIDES
+
+    of_column = {f"{side}_index": side for side in SIDES}
+    return {
+        name: prepared.vocabulary(of_column[feature.column])
+        for name, feature in prepared.config.features.items()
+        if feature.column in of_column and feature.kind == "index"
+    }
+
+
+def _begin(before: Path, prepared, objects: dict) -> None:
+    """Take over what an exported run knows, row by row where a table has ids."""
+    from recsys_common import artifact, checkpoints
+
+    model, now, ids = objects["model"], _vocabularies(prepared), {}
+    exported = before / Config.load(before / "config.yaml").export.folder
+    known = {each.feature: each.vocabulary for each in artifact.verify(exported).inputs if each.vocabulary}
+    for name, table in model.rows.features.items():
+        feature = getattr(model, "ids_of", {}).get(table.name, name)
+        if feature in known and feature in now:
+            ids[table.name] = artifact.read_ids(exported / known[feature].file), now[feature]
+    latest = checkpoints.latest(before / "checkpoints")
+    report = checkpoints.warm_start(latest, objects, ids, prepared.config.data.oov_buckets)
+    listed = [f"{table}: " + ", ".join(f"{n:,} {what}" for what, n in rows.items()) for table, rows in report.items()]
+    log.info("begun with %s; %s", load(before).about["name"], "; ".join(listed))
 
 
 def restored(config: Config, frequency, checkpoint: Path):

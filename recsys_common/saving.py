@@ -24,7 +24,6 @@ Needs: artifact.py signatures.py golden.py saved_graph.py onnx_export.py item_in
 from __future__ import annotations
 
 import datetime
-import gc
 import importlib.metadata
 import json
 import shutil
@@ -38,7 +37,7 @@ from recsys_common.artifact import Metadata
 from recsys_common.masking import masked
 
 GRAPH_LIMIT = 64 << 20  # bytes of saved_model.pb; protobuf itself ends at 2 GB
-READ_BACK = 64 << 20  # bytes of a table that is read back whole
+READ_BACK = 16 << 20  # bytes of a variable that is read from the disk to compare
 BLOCK = 1 << 16  # items whose vectors are computed at once
 SAMPLE = 1000  # users by whom the index is measured
 ANY_IDS = np.array([0, 1, 5, 12345, 2**40 + 1, -7])  # of a hashed user whose ids are not told
@@ -159,11 +158,7 @@ def _write(folder, name, model, vocabularies, inputs, config, about, index, onnx
         known["items"]["index"] = {"file": "items/index.usearch"} | found
     written["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     metadata = Metadata(**known, **written)
-    by_rows = {id(variable) for variable in serving.read_by_rows()}
-    tables = {path: variable for path, variable in _variables(serving).items() if id(variable) in by_rows}
-    del serving, places, catalogue, made
-    gc.collect()  # what they held comes back from the disk
-    _check(folder, metadata, tables)
+    _check(folder, metadata, _variables(serving))
     (folder / artifact.METADATA).write_text(metadata.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -220,30 +215,28 @@ def _write_onnx(folder: Path, model, users: list) -> dict:
     return found | {"file": f"onnx/{found['file']}"}
 
 
-def _check(folder: Path, metadata: Metadata, tables: dict[str, tf.Variable]) -> None:
+def _check(folder: Path, metadata: Metadata, own: dict[str, tf.Variable]) -> None:
     """Run all golden vectors by what was written.
 
-    Of large ones among `tables`, which are read by rows, the loaded graph gets only the rows that the vectors need: a
-    whole table, read back, would be in memory twice. TensorFlow has a checksum of each variable in variables.index,
-    and looks at it in every load.
+    Small variables are read back. Of large ones a second copy would be too much memory: the loaded graph borrows those
+    of the model, and TensorFlow's checksums in variables.index, at which every load looks, vouch for what is on disk.
     """
-    options = tf.saved_model.LoadOptions(experimental_skip_checkpoint=True)
+    options, lent = tf.saved_model.LoadOptions(experimental_skip_checkpoint=True), []
     loaded = tf.saved_model.load(str(folder / "saved_model"), options=options)
-    needed = np.concatenate([np.ravel(rows) for each in metadata.golden for rows in each.rows.values()]).astype(
-        np.int64
-    )
-    for path, variable in _variables(loaded).items():
-        table = tables.get(path)
-        if table is None or table.shape.num_elements() * table.dtype.size <= READ_BACK:
-            variable.assign(_stored(folder, path, variable.dtype))
-        else:
-            rows = np.unique(needed[(needed >= 0) & (needed < table.shape[0])])
-            variable.assign(tf.raw_ops.Empty(shape=table.shape, dtype=table.dtype))  # no memory, until it is written
-            variable.scatter_update(tf.IndexedSlices(table.sparse_read(rows), rows))
-    for each in metadata.golden:
-        spec = metadata.signatures[each.signature].inputs
-        found = loaded.signatures[each.signature](**golden.tensors(each.inputs, spec))
-        golden.compare(f"saved_model, {each.signature}", each.outputs, {k: v.numpy() for k, v in found.items()})
+    try:
+        for path, variable in _variables(loaded).items():
+            if variable.dtype == tf.string or own[path].shape.num_elements() * variable.dtype.size <= READ_BACK:
+                variable.assign(_stored(folder, path, variable.dtype))
+            else:
+                _move(own[path], variable)
+                lent.append((own[path], variable))
+        for each in metadata.golden:
+            spec = metadata.signatures[each.signature].inputs
+            found = loaded.signatures[each.signature](**golden.tensors(each.inputs, spec))
+            golden.compare(f"saved_model, {each.signature}", each.outputs, {k: v.numpy() for k, v in found.items()})
+    finally:
+        for variable, borrower in lent:
+            _move(borrower, variable)
     for name, function in metadata.onnx.items():
         import onnxruntime
 
@@ -252,6 +245,12 @@ def _check(folder: Path, metadata: Metadata, tables: dict[str, tf.Variable]) -> 
             rows = {key: np.asarray(each.rows[key], spec.dtype) for key, spec in function.inputs.items()}
             found = dict(zip(function.outputs, session.run([*function.outputs], rows), strict=True))
             golden.compare(function.file, each.outputs, found)
+
+
+def _move(source: tf.Variable, target: tf.Variable) -> None:
+    """Let `target` have the memory of `source`. Both may not have it: TensorFlow copies what two variables hold."""
+    tf.raw_ops.AssignVariableOp(resource=target.handle, value=source.read_value_no_copy())
+    tf.raw_ops.AssignVariableOp(resource=source.handle, value=tf.zeros([0], source.dtype))
 
 
 def _stored(folder: Path, path: str, dtype: tf.DType) -> tf.Tensor:

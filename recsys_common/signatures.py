@@ -30,7 +30,7 @@ def inputs(model, vocabularies: dict[str, np.ndarray], config=None) -> list[Inpu
     `<history>_length` beside it, and a number too.
 
     Args:
-      model: has `user_features` or `user`, and `item`: names of features.
+      model: has `user_features` or `user`, and `item`: names of features; and `rows`, its `embeddings.Embeddings`.
       vocabularies: feature -> ids. A history without its own has that of the feature whose table it shares.
       config: None for a model made by hand: user and item are rows, and row 0 is for unknown ids.
 
@@ -38,10 +38,10 @@ def inputs(model, vocabularies: dict[str, np.ndarray], config=None) -> list[Inpu
       ValueError: a feature without the ids it needs, or whose rows are not 1 for each id and those before them.
     """
     names = [(name, "user") for name in getattr(model, "user_features", None) or (model.user,)] + [(model.item, "item")]
-    return [_input(name, side, vocabularies, config) for name, side in names]
+    return [_input(model, name, side, vocabularies, config) for name, side in names]
 
 
-def _input(name: str, side: str, vocabularies: dict, config) -> Input:
+def _input(model, name: str, side: str, vocabularies: dict, config) -> Input:
     plain = {"feature": name, "side": side, "length": None, "rows": None, "oov_buckets": None, "buckets": None}
     plain |= {"salt": None, "vocabulary": None, "shape": [None]}
     feature = config.features[name] if config else None
@@ -58,8 +58,8 @@ def _input(name: str, side: str, vocabularies: dict, config) -> Input:
     if owner not in vocabularies:
         raise ValueError(f"feature {name!r}: vocabularies has no ids of {owner!r}; there are {[*vocabularies]}")
     ids, oov = vocabularies[owner], config.data.oov_buckets if config else 1
-    rows = config.features[owner].rows if config else len(ids) + oov
-    if rows < len(ids) + oov:
+    rows = config.features[owner].rows if config else model.rows.features[owner].rows
+    if rows < len(ids) + oov or (not config and rows > len(ids) + oov):
         raise ValueError(f"feature {owner!r}: {len(ids):,} ids and {oov} rows for unknown ones, but {rows:,} rows")
     dtype = "string" if _are_strings(ids) else "int64"
     # vocabularies.sql salts with the name of the column: 'user' of user_index.
@@ -119,7 +119,7 @@ class Places(tf.Module):
             write_rows(self.sorted, begin, part)
             part = part if last is None else np.concatenate([last, part])
             if (same := np.flatnonzero(part[1:] == part[:-1])).size:
-                twice = part[same[0]] if self.strings is None else self._text(part[same[0]])
+                twice = int(part[same[0]]) if self.strings is None else self._text(part[same[0]])
                 raise ValueError(f"vocabulary {name!r}: id {twice!r} occurs twice; each id has one row")
             last = part[-1:]
         self.order = None if order is None else tf.Variable(order, trainable=False)
@@ -236,20 +236,11 @@ class Serving(tf.Module):
             "recommend": traced(recommend, user_specs | asked),
             "metadata": traced(metadata, {}),
         }
-        own = {id(variable) for variable in self.variables}
-        read = {id(each): each for function in self.functions.values() for each in function.variables}
-        self.model_variables = [each for key, each in read.items() if key not in own]
-
-    def read_by_rows(self) -> list[tf.Variable]:
-        """Variables of the model of which no signature reads more than rows."""
-        graphs = [function.graph for function in self.functions.values()]
-        whole = {
-            id(outer)
-            for graph in graphs
-            for outer, inner in graph.captures
-            if any(operation.type != "ResourceGather" for operation in inner.consumers())
-        }
-        return [each for each in self.model_variables if id(each.handle) not in whole]
+        # In the order in which they are captured: `function.variables` has another one in each process.
+        handles = {id(each.handle): each for function in self.functions.values() for each in function.variables}
+        captured = {id(outer): None for function in self.functions.values() for outer, _ in function.graph.captures}
+        own = {id(each.handle) for each in self.variables}
+        self.model_variables = [handles[each] for each in captured if each in handles and each not in own]
 
 
 def users_vectors(model, batch: dict[str, tf.Tensor]) -> tf.Tensor:

@@ -20,7 +20,6 @@ no encryption and no login: that is what stands before a service in every compan
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,16 +93,9 @@ class Rows:
         return fingerprint64(f"{given.salt}{raw}".encode()) % given.oov_buckets if given.oov_buckets > 1 else 0
 
 
-def read_ids(path: Path) -> np.ndarray | list[str]:
-    """Ids in their order: int64, mapped, or strings."""
-    if path.suffix == ".i64":
-        return np.memmap(path, "<i8", "r")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def places(path: Path) -> Callable[[int | str], int]:
     """A function: id -> its place in a file of ids, -1 if it has none. int64 take 16 bytes an id."""
-    ids = read_ids(path)
+    ids = artifact.read_ids(path)
     if isinstance(ids, list):
         known = {each: place for place, each in enumerate(ids)}
         return lambda raw: known.get(raw, -1)
@@ -142,7 +134,7 @@ class Recommender:
         self.feeds, self.output = about.inputs, about.outputs["embedding"].tensor
         self.users = [each for each in self.metadata.inputs if each.side == "user"]
         self.rows = {each.name: Rows(folder, each) for each in self.users if each.kind != "number"}
-        self.item_ids = read_ids(folder / items.ids.file)
+        self.item_ids = artifact.read_ids(folder / items.ids.file)
         self.place = places(folder / items.ids.file)
         self.vectors = np.memmap(folder / items.vectors.file, "<f4", "r", shape=tuple(items.vectors.shape))
         self.index = None

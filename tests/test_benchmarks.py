@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("road", "data_export", "input_pipeline", "embeddings", "tpu_rehearsal", "data_service", "tensorflow_2_20")
+QUOTED = ("road", "data_export", "input_pipeline", "embeddings", "tpu_rehearsal", "serving")
+NAMES = (*QUOTED, "data_service", "tensorflow_2_20")
 CONTENTS = [json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) for name in NAMES]
-ROAD, EXPORT, PIPELINE, TABLES, REHEARSAL, SERVICE, OLDER = CONTENTS
+ROAD, EXPORT, PIPELINE, TABLES, REHEARSAL, SERVING, SERVICE, OLDER = CONTENTS
 sys.path.append(str(ROOT / "benchmarks"))  # the scripts share _finish.py
 REAL = ("ml-latest-small", "ml-latest-small split=leave-one-out", "ml-1m")
 
@@ -40,7 +41,7 @@ def test_it_was_measured_with_the_locked_versions(content):
     assert content["machine"]["cores"] == 2 and re.fullmatch(r"[0-9a-f]{12}\+?", content["commit"])
 
 
-@pytest.mark.parametrize("content", CONTENTS[:5], ids=NAMES[:5])
+@pytest.mark.parametrize("content", CONTENTS[: len(QUOTED)], ids=QUOTED)
 def test_the_readme_quotes_it(content):
     page = (ROOT / "README.md").read_text()
     rendered = script(content["name"]).readme(content, page)
@@ -307,6 +308,47 @@ def test_what_chapter_5_says_of_its_tables(rehearsed):
         if row.get("part") == "models" and row.get("compiles") and row["fits"]:
             assert row["bound"] == "memory", case
     assert rehearsed["chapter 5"]["value"] < 100 and rehearsed["chapter 5: peak memory"]["value"] < 4000
+
+
+# serving -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served():
+    return {row["case"]: row for row in SERVING["rows"]}
+
+
+def test_three_languages_give_the_same_numbers(served):
+    for language in ("Python", "C", "Node.js"):
+        row = served[f"golden {language}"]
+        assert len(row["each"]) == 2 and row["value"] == max(row["each"].values()) <= 1e-5 and row["wrong ids"] == 0
+
+
+def test_a_list_from_a_million_items_is_as_fast_as_promised(served):
+    """The vectors are of a model that learned something."""
+    assert served["model: items"]["value"] == 1_000_000
+    assert served["model: NDCG@10"]["value"] > 1.5 * served["model: NDCG@10 of popularity"]["value"]
+    assert served["exact top-100 C / read once"]["value"] <= 2
+    for case in ("exact top-100 C", "read vectors once C", "index top-100 Node.js", "index top-100 Python"):
+        assert served[case]["unit"] == "ms" and served[case]["repeats"] >= 5
+    assert served["index top-100 Node.js"]["value"] < 2 and served["index top-100 Python"]["value"] < 2
+    recall = served["recall@100"]
+    assert recall["value"] >= 0.95 and recall["users"] == 1000
+    assert recall["value"] == served[f"recall@100, expansion_search {recall['expansion_search']}"]["value"]
+
+
+def test_no_request_failed(served):
+    assert served["service failed"]["value"] == 0 and served["service failed"]["of"] >= 10_000
+    assert served["service: bad requests, answered 422"]["value"] == served["service failed"]["of"] // 50
+    assert (
+        served["service p50"]["requests"] >= 10_000 and served["service p50"]["value"] < served["service p99"]["value"]
+    )
+
+
+def test_saving_and_loading_hold_the_table_once(served):
+    """At most 1.3 times the table, of 10 million rows."""
+    for case in ("save", "load, load"):
+        assert 0 < served[f"memory to {case}"]["value"] <= 1.3
 
 
 # tensorflow_2_20 ---------------------------------------------------------------------------------------

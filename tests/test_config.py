@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -594,9 +595,15 @@ def test_the_json_schema_says_what_the_config_says():
     jsonschema.Draft202012Validator.check_schema(own)
     judge, lenient = map(jsonschema.Draft202012Validator, (own, any_model))
     judged = Counter()
+
+    def whole(tree, paths) -> bool:
+        """Whether the only faults are floats such as 2.0, which JSON Schema takes for integers."""
+        found = [functools.reduce(lambda place, part: place[part], path.split("."), tree) for path in paths]
+        return all(isinstance(value, float) and value.is_integer() for value in found)
+
     for each in range(150):
         tree, planted = generate(random.Random(f"schema {each}"))
-        if planted and "crossed" not in planted.values() and "nan" not in str(tree):
+        if planted and "crossed" not in planted.values() and "nan" not in str(tree) and not whole(tree, planted):
             assert not judge.is_valid(tree), (tree, planted)
             judged["refused"] += 1
         elif not planted:

@@ -166,8 +166,8 @@ def test_made_twice_it_has_the_same_content_and_what_was_half_made_is_not_taken_
     [
         (["data.table=examples"], r"1 of the features cannot be had\n  features\.history: the table examples has no "
          r"column 'history', only user_index, .*; set data\.table=histories"),
-        (["features.user.column=user_id", "features.item.column=title"], r"(?s)2 of the features.*features\.item: .* no "
-         r"column 'title'.*features\.user: the table histories has no column 'user_id'"),
+        (["features.user.column=user_id", "features.item.column=title"], r"(?s)2 of the features.*features\.item: .* "
+         r"no column 'title'.*features\.user: the table histories has no column 'user_id'"),
         (["features.user.column=history"], r"features\.user: the column 'history' holds lists"),
         (["data.table=mine"], r"data\.table: found 'mine'; prepare makes examples and histories"),
         (["data.split="], r"data\.split: found None, expected 'train'"),

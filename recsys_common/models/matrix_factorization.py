@@ -73,6 +73,7 @@ class MatrixFactorization(tfrs.Model):
         tables = {user: Table("user_table", num_users, dim, **how), item: Table("item_table", num_items, dim, **how)}
         tables["item_bias"] = Table("item_bias", num_items, 1, initial=0.0)
         self.rows = Embeddings(tables, seed)
+        self.ids_of = {"item_bias": item}  # the feature whose ids a table's rows are, where it is not of that name
         self.user_table, self.item_table, self.item_bias = self.rows.tables.values()
         self.sampling_probability = None
         if item_frequency is not None:
