@@ -4,7 +4,7 @@
 
 Writes benchmarks/serving.json. The model is matrix factorization, 63 numbers and a bias, trained on 17 million
 simulated ratings of a catalogue of a million items, the one of benchmarks/embeddings.py. It stays in
-build/serving_benchmark (2 GB) for the next run; remove that folder to train again. Searches are timed for one user at
+build/serving_benchmark (1.3 GB) for the next run; remove that folder to train again. Searches are timed for one user at
 a time, by one thread, in rounds that go through the languages. The part `memory` is _saving_memory.py: 10 million rows.
 Takes 25 minutes on 2 cores, 20 of them to train and to build the index.
 """

@@ -69,7 +69,6 @@ def build(
     Returns:
       What artifact.Index has, but the file.
     """
-    from usearch.index import Index
 
     k, best = min(k, len(vectors)), {}
     right, _ = exact(vectors, users, k)

@@ -20,7 +20,7 @@ from recsys_common.artifact import Input
 from recsys_common.embeddings import write_rows
 from recsys_common.features import fingerprint_bucket, hash_bucket
 
-SLICE = 1 << 20  # ids that are sorted into place at once
+SLICE = 1 << 18  # rows that are written at once
 
 
 def inputs(model, vocabularies: dict[str, np.ndarray], config=None) -> list[Input]:
@@ -113,7 +113,7 @@ class Places(tf.Module):
         order = None
         if (ids[1:] <= ids[:-1]).any():
             order = np.argsort(ids).astype(np.int32 if len(ids) < 2**31 else np.int64)
-        self.sorted, last = tf.Variable(lambda: tf.zeros(len(ids), tf.int64), trainable=False), None
+        self.sorted, last = _zeros(ids.shape, tf.int64), None
         for begin in range(0, len(ids), SLICE):  # never a second copy of all
             part = ids[begin : begin + SLICE] if order is None else ids[order[begin : begin + SLICE]]
             write_rows(self.sorted, begin, part)
@@ -122,7 +122,7 @@ class Places(tf.Module):
                 twice = int(part[same[0]]) if self.strings is None else self._text(part[same[0]])
                 raise ValueError(f"vocabulary {name!r}: id {twice!r} occurs twice; each id has one row")
             last = part[-1:]
-        self.order = None if order is None else tf.Variable(order, trainable=False)
+        self.order = None if order is None else _variable(order)
 
     def __call__(self, wanted: tf.Tensor) -> tf.Tensor:
         """The places of ids."""
@@ -138,6 +138,18 @@ class Places(tf.Module):
 
     def _text(self, fingerprint: int) -> str:
         return self.strings.numpy()[_fingerprints(self.strings).numpy() == fingerprint][0].decode()
+
+
+def _zeros(shape: tuple[int, ...], dtype) -> tf.Variable:
+    return tf.Variable(lambda: tf.zeros(shape, dtype), trainable=False)
+
+
+def _variable(values: np.ndarray) -> tf.Variable:
+    """A variable of an array, which may be mapped; tf.Variable(values) would have it in memory twice for a moment."""
+    variable = _zeros(values.shape, values.dtype)
+    for begin in range(0, len(values), SLICE):
+        write_rows(variable, begin, np.array(values[begin : begin + SLICE]))
+    return variable
 
 
 def _fingerprints(strings) -> tf.Tensor:
@@ -185,8 +197,8 @@ class Serving(tf.Module):
         super().__init__()
         self.places, self.catalogue = places, catalogue
         strings = catalogue.strings is not None
-        self.item_ids = catalogue.strings if strings else tf.Variable(item_ids, trainable=False)
-        self.item_vectors = tf.Variable(item_vectors, trainable=False)
+        self.item_ids = catalogue.strings if strings else _variable(item_ids)
+        self.item_vectors = _variable(item_vectors)
         users, [item] = [[each for each in inputs if each.side == side] for side in ("user", "item")]
         user_specs = {name: spec for each in users for name, spec in specs(each).items()}
         item_spec, nothing = specs(item)[item.name], tf.constant("" if strings else -1, self.item_ids.dtype)

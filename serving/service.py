@@ -143,7 +143,7 @@ class Recommender:
         self.check_golden()
 
     def batch(self, raw: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Inputs of one user as features [1] or [1, L]: histories are padded at the left, and cut to the latest."""
+        """Inputs of one user as features [1] or [1, L]: histories are padded at the left."""
         features = {}
         for each in self.users:
             value = raw[each.name]
@@ -151,7 +151,7 @@ class Recommender:
                 features[each.feature] = [value]
             elif each.length:
                 length = each.shape[1]
-                known = [self.rows[each.name](one) for one in value[-length:]]
+                known = [self.rows[each.name](one) for one in value]
                 features[each.feature] = [[0] * (length - len(known)) + known]
                 features[each.length] = [len(known)]
             else:

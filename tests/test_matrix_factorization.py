@@ -1,17 +1,13 @@
-"""Does the matrix factorization learn what its equations say, and does it leave Python with the same scores?"""
+"""Does the matrix factorization learn what its equations say?"""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from recsys_common import evaluation, saving, training
+from recsys_common import evaluation, training
 from recsys_common.models.matrix_factorization import MatrixFactorization
 
 Adagrad = tf.keras.optimizers.Adagrad
@@ -261,120 +257,3 @@ def test_seconds_per_step_does_not_end_with_the_data():
     assert type(seconds) is float and 0 < seconds < 5
     assert (tables(model)[0] != before).any(), "no step was made"
     assert int(model.optimizer.iterations) == 6
-
-
-# --- saving.py --------------------------------------------------------------------------------------------------
-
-USERS, ITEMS = 100_000, 2_000
-LOAD = """
-import sys
-import numpy as np
-import tensorflow as tf
-model = tf.saved_model.load("model")
-asked = np.load("asked.npz")
-score, recommend = model.signatures["score"], model.signatures["recommend"]
-answers = {"score": score(user_id=tf.constant(asked["user_id"]), item_id=tf.constant(asked["item_id"]))["score"]}
-for k in (1, 10):
-    best = recommend(user_id=tf.constant(asked["few"]), k=tf.constant(k))
-    answers |= {f"item_id_{k}": best["item_id"], f"score_{k}": best["score"]}
-answers["nobody"] = recommend(user_id=tf.constant([], tf.int64), k=tf.constant(3))["item_id"]
-for module in ("recsys_common", "tensorflow_recommenders", "tf_keras"):
-    assert module not in sys.modules, module
-np.savez("answers.npz", **answers)
-"""
-
-
-def some_ids(count, seed):
-    """Distinct, unsorted int64, with both ends of the range and 0 among them."""
-    random = np.random.default_rng(seed)
-    ends = [np.iinfo(np.int64).min, np.iinfo(np.int64).max, 0, -1]
-    # Every one is odd, so that an even one is unknown; the ends replace a few.
-    ids = random.choice(2**40, count, replace=False) * 2 + 1
-    ids[random.choice(count, len(ends), replace=False)] = ends
-    return ids
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A model of 100,000 users in a folder, and what a process with TensorFlow alone answers from it."""
-    folder = tmp_path_factory.mktemp("saving")
-    model = with_tables(USERS + 1, ITEMS + 1, dim=6, seed=8)
-    model.item_bias[0].assign([50.0])  # what the unknown row holds must never be recommended
-    user_ids, item_ids = some_ids(USERS, 1), some_ids(ITEMS, 2)
-    vectors = model.users(tf.range(USERS + 1)).numpy(), model.items(tf.range(ITEMS + 1)).numpy()
-    (folder / "model").mkdir()
-    (folder / "model" / "stale").write_text("from an earlier model")
-    saving.export(folder / "model", user_ids, vectors[0], item_ids, vectors[1], {"dim": 6, "name": "é"})
-
-    random = np.random.default_rng(3)
-    user_rows, item_rows = random.integers(0, USERS + 1, 3000), random.integers(0, ITEMS + 1, 3000)
-    user_rows[:4] = np.flatnonzero(np.isin(user_ids, [2**63 - 1, -(2**63), 0, -1])) + 1
-    item_rows[:4] = np.flatnonzero(np.isin(item_ids, [2**63 - 1, -(2**63), 0, -1])) + 1
-    user_rows[4:8] = [0, 1, USERS, 0]
-    item_rows[4:8] = [1, 0, ITEMS, 0]
-    unknown = 2 * random.integers(1, 2**40, 3000)  # even: nobody has these
-    unknown[:8] = 2**63 - 2  # above all but the last
-    asked = {
-        "user_id": np.where(user_rows == 0, unknown, user_ids[user_rows - 1]),
-        "item_id": np.where(item_rows == 0, unknown, item_ids[item_rows - 1]),
-    }
-    np.savez(folder / "asked.npz", few=asked["user_id"][:50], **asked)
-    plain = {name: text for name, text in os.environ.items() if name not in ("TF_USE_LEGACY_KERAS", "PYTHONPATH")}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD], cwd=folder, env=plain, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return model, folder, item_ids, user_rows, item_rows, np.load(folder / "answers.npz")
-
-
-def test_another_process_gets_the_same_scores(exported):
-    model, _, _, user_rows, item_rows, answers = exported
-    here = np.array([model.scores(user_rows[at : at + 500]) for at in range(0, 3000, 500)]).reshape(3000, -1)
-    here = here[np.arange(3000), item_rows]
-    np.testing.assert_allclose(answers["score"], here, rtol=1e-6, atol=1e-5)
-    assert here.std() > 1
-
-
-def test_another_process_gets_the_same_lists(exported):
-    model, _, item_ids, user_rows, _, answers = exported
-    scores = model.scores(user_rows[:50])[:, 1:]
-    best = np.argsort(-scores, axis=1)
-    for k in (1, 10):
-        assert answers[f"item_id_{k}"].dtype == np.int64
-        np.testing.assert_array_equal(answers[f"item_id_{k}"], item_ids[best[:, :k]])
-        np.testing.assert_allclose(
-            answers[f"score_{k}"], np.take_along_axis(scores, best[:, :k], 1), rtol=1e-6, atol=1e-5
-        )
-    assert answers["nobody"].shape == (0, 3)
-
-
-def test_the_graph_is_small_and_the_folder_holds_nothing_else(exported):
-    _, folder, *_ = exported
-    assert (folder / "model" / "saved_model.pb").stat().st_size < 200_000
-    assert sum(file.stat().st_size for file in (folder / "model" / "variables").iterdir()) > 4 * 7 * USERS
-    assert json.loads((folder / "model" / "assets.extra" / "metadata.json").read_text()) == {"dim": 6, "name": "é"}
-    assert not (folder / "model" / "stale").exists()
-    assert sorted(path.name for path in folder.iterdir()) == ["answers.npz", "asked.npz", "model"]
-
-
-@pytest.mark.parametrize(
-    ("user_ids", "item_ids", "message"),
-    [
-        ([5, 6], [7, 8], r"4 user vectors for 2 ids; expected 3 \(row 0 is unknown\)"),
-        ([5, 6, 7], [7], r"3 item vectors for 1 ids; expected 2 \(row 0 is unknown\)"),
-        ([5, 6, 5], [7, 8], "user id 5 occurs twice"),
-        ([5, 6, 7], [-9, -9], "item id -9 occurs twice"),
-    ],
-)
-def test_ids_that_do_not_fit_are_refused(tmp_path, user_ids, item_ids, message):
-    with pytest.raises(ValueError, match=message):
-        saving.export(tmp_path / "model", user_ids, np.zeros((4, 2)), item_ids, np.zeros((3, 2)), {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_export_that_fails_leaves_the_old_model(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").touch()
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        saving.export(tmp_path / "model", [1], np.zeros((2, 2)), [1], np.zeros((2, 2)), {"size": np.int64(1)})
-    assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]

@@ -201,6 +201,15 @@ def test_metadata_stands_in_the_graph_too(exported, answers):
     assert beside["model"]["parameters"] == (USERS + 1) * 6 + (ITEMS + 1) * 7
 
 
+def test_no_id_and_no_vector_is_in_the_graph(exported):
+    for name in ("factorization", "tower"):
+        assert (exported / name / "saved_model/saved_model.pb").stat().st_size < 200_000
+    # A hundred times the rows, the same graph.
+    sizes = [plain_export(exported / f"large{n}", n, n).joinpath("saved_model/saved_model.pb").stat().st_size
+             for n in (50, 5000)]  # fmt: skip
+    assert sizes[1] - sizes[0] < 2000
+
+
 def test_golden_vectors_have_the_first_the_last_and_an_unknown_id(exported):
     metadata = artifact.verify(exported / "factorization")
     ids = factorization()[1]["user_index"]
@@ -348,8 +357,8 @@ def test_credentials_are_masked_everywhere(tmp_path):
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 
-def plain_export(folder, **more):
-    model, ids = factorization(5, 4)
+def plain_export(folder, users=5, items=4, **more):
+    model, ids = factorization(users, items)
     return saving.export(folder, model, ids, index=False, onnx=False, **more)
 
 
@@ -495,6 +504,9 @@ def test_what_is_asked_for_wrongly_is_named(tmp_path):
         saving.export(tmp_path / "model", model, {"item_index": ids["item_index"]})
     with pytest.raises(ValueError, match="about has 'nonsense'"):
         saving.export(tmp_path / "model", model, ids, about={"nonsense": 1})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        saving.export(tmp_path / "model", model, ids, about={"run": {"rows": np.int64(1)}})
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_onnx_refuses_what_it_cannot_convert(tmp_path):

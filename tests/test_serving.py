@@ -201,12 +201,18 @@ def right(models):
 
 
 @needs_cc
-def test_exact_search_in_c(models, right):
+def test_exact_search_in_c(models, right, tmp_path):
+    """Of equal scores, here of each item and its twin, the first in the file comes first."""
     files = models / "matrix/items/vectors.f32", "17", models / "users.f32"
-    done = run([BUILT / "exact"], *files, "9")
-    found = json.loads(done.stdout)
+    found = json.loads(run([BUILT / "exact"], *files, "9").stdout)
     assert found["rows"] == ITEMS and found["repeats"] == 9 and found["exact_ms"]["p50"] > 0
     np.testing.assert_array_equal(found["top"], right)
+    vectors = np.random.default_rng(4).normal(size=(20_000, 17)).astype("<f4")
+    np.concatenate([vectors, vectors]).tofile(tmp_path / "twins.f32")
+    users = np.fromfile(files[2], "<f4").reshape(9, 17).astype(float)
+    best = np.argsort(-(users @ vectors.T.astype(float)), 1, kind="stable")[:, :50]
+    found = json.loads(run([BUILT / "exact"], tmp_path / "twins.f32", *files[1:], "9").stdout)
+    np.testing.assert_array_equal(found["top"], np.stack([best, best + 20_000], 2).reshape(9, 100))
     done = run([BUILT / "exact"], files[0], "18", files[2])
     assert done.returncode == 1 and "no whole number of rows" in done.stderr
 
