@@ -58,7 +58,7 @@ def _part(part: str, rows: int, folder: str) -> dict:
         from recsys_common import saving
     if part == "save":
         import onnx  # noqa: F401  imports are no part of what is measured
-        import onnxruntime  # noqa: F401
+        import onnxruntime
         import tf2onnx  # noqa: F401
         import usearch.index  # noqa: F401
 

@@ -330,7 +330,7 @@ def curves(folders: list[str | os.PathLike]):
         right.set(ylabel=f"{metric}, validation")
     left.set(xlabel="step", ylabel="loss of a row")
     right.set(xlabel="epoch")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     plt.close(figure)  # a notebook shows what the cell returns, once
     return figure
 

@@ -40,7 +40,7 @@ GRAPH_LIMIT = 64 << 20  # bytes of saved_model.pb; protobuf itself ends at 2 GB
 READ_BACK = 16 << 20  # bytes of a variable that is read from the disk to compare
 BLOCK = 1 << 16  # items whose vectors are computed at once
 SAMPLE = 1000  # users by whom the index is measured
-ANY_IDS = np.array([0, 1, 5, 12345, 2**40 + 1, -7])  # of a hashed user whose ids are not told
+ANY_IDS = np.random.default_rng(0).integers(-(2**40), 2**40, 1000)  # of a hashed user whose ids are not told
 PACKAGES = ("recsys-common", "tensorflow", "tf-keras", "numpy", "onnx", "onnxruntime", "tf2onnx", "usearch")
 
 
@@ -56,7 +56,7 @@ def export(
       model: users(batch) -> [n, D], items(rows) -> [n, D], names of features in `user` or `user_features` and `item`,
         and maybe a `temperature`.
       vocabularies: feature -> ids, int64 or strings, of rows oov_buckets on, in the order of rows. Of a hashed item:
-        the items that may be recommended.
+        the items that may be recommended; of a hashed user, ids for golden vectors and for measuring the index.
       config: whose model it is; None for one made by hand, whose row 0 is for unknown ids.
       about: of what is not in the model: name, commit, data, run, metrics. Credentials in it are masked.
       index, onnx: write those parts too; they need packages of the extra `serving`.

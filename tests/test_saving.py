@@ -53,10 +53,9 @@ def plain_environment():
     return {name: text for name, text in os.environ.items() if name not in ("TF_USE_LEGACY_KERAS", "PYTHONPATH")}
 
 
-def start(*command, cwd=None):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=cwd, env=plain_environment(), stderr=subprocess.PIPE, text=True
-    )
+def start(*command, cwd=None, **more):
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=cwd, env=plain_environment() | more, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
@@ -86,7 +85,8 @@ for module in ("recsys_common", "tensorflow_recommenders", "tf_keras"):
 def exported(tmp_path_factory):
     """A folder with both models, exported by a process; in `again` by another one at the same time."""
     folder = tmp_path_factory.mktemp("saving")
-    processes = [start(__file__, folder), start(__file__, folder / "again")]
+    root = str(Path(__file__).resolve().parent.parent)
+    processes = [start(__file__, each, PYTHONPATH=root) for each in (folder, folder / "again")]
     for process in processes:
         finish(process)
     return folder
@@ -471,6 +471,10 @@ def test_places_of_strings_and_numbers():
     assert signatures.Places("user", ids)(asked).numpy().tolist() == [[3, 0], [-1, 2]]
     strings = signatures.Places("item", signatures.checked("item", ["b", "", "é", "a" * 200]))
     assert strings(tf.constant(["é", "c", "", "a" * 200, "a" * 199])).numpy().tolist() == [2, -1, 1, 3, -1]
+    twice = np.arange(signatures.SLICE + 5)
+    twice[-1] = signatures.SLICE - 1  # where one slice ends
+    with pytest.raises(ValueError, match=f"id {signatures.SLICE - 1} occurs twice"):
+        signatures.Places("x", twice)
     large = np.arange(3 * signatures.SLICE // 2)[::-1] * 3
     assert signatures.Places("x", large)(tf.constant([0, 3, 4], tf.int64)).numpy().tolist() == [
         len(large) - 1,
