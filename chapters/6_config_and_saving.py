@@ -238,7 +238,7 @@ print(answer.stdout.strip())
 # the Python package contains, and [score.mjs](../serving/score.mjs), on ONNX Runtime with its own look-up of ids.
 # `make serving` builds both. Each first compares the folder with its manifest, then runs the golden vectors.
 
-# %%
+# %% tags=["main-result"]
 _ = subprocess.run(["make", "--silent", "-C", "..", "serving"], capture_output=True, check=True)
 clients = {
     "C": ["../build/serving/score"],

@@ -77,6 +77,12 @@ class Prepared:
         known = table[f"{side}_index"].to_numpy() >= self.config.data.oov_buckets
         return table[f"{side}_id"].to_numpy()[known]
 
+    def vocabularies(self) -> dict[str, np.ndarray]:
+        """The ids of each feature that has a table by vocabulary, in the order of its rows."""
+        sides = {f"{side}_index": side for side in SIDES}
+        features = {name: each for name, each in self.config.features.items() if each.kind == "index"}
+        return {name: self.vocabulary(sides[each.column]) for name, each in features.items() if each.column in sides}
+
     def frequency(self) -> np.ndarray:
         """int64: how many training rows each row of the item table has; a bucket has those of all its ids."""
         table = self._read("item_vocabulary")

@@ -360,26 +360,14 @@ def export(folder: str | os.PathLike, data: str | os.PathLike | None = None) -> 
     about |= {"data": run.about["data"], "metrics": run.metrics}
     about["run"] = {name: run.about[name] for name in ("name", "state", "starts", "seed", "machine", "versions")}
     about["run"]["checkpoint"] = f"{latest.parent.name}/{latest.name}"
-    return saving.export(folder / config.export.folder, model, _vocabularies(prepared), config, about=masked(about))
-
-
-def _vocabularies(prepared) -> dict:
-    """The ids of each feature that has a table by vocabulary, in the order of its rows."""
-    from recsys_common.prepare import SIDES
-
-    of_column = {f"{side}_index": side for side in SIDES}
-    return {
-        name: prepared.vocabulary(of_column[feature.column])
-        for name, feature in prepared.config.features.items()
-        if feature.column in of_column and feature.kind == "index"
-    }
+    return saving.export(folder / config.export.folder, model, prepared.vocabularies(), config, about=masked(about))
 
 
 def _begin(before: Path, prepared, objects: dict) -> None:
     """Take over what an exported run knows, row by row where a table has ids."""
     from recsys_common import artifact, checkpoints
 
-    model, now, ids = objects["model"], _vocabularies(prepared), {}
+    model, now, ids = objects["model"], prepared.vocabularies(), {}
     exported = before / Config.load(before / "config.yaml").export.folder
     known = {each.feature: each.vocabulary for each in artifact.verify(exported).inputs if each.vocabulary}
     for name, table in model.rows.features.items():
