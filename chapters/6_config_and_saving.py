@@ -36,7 +36,8 @@ PROJECT = ""  # Google Cloud project; "" is the embedded BigQuery
 BUCKET = ""  # Cloud Storage bucket, without gs://
 LOCATION = "US"  # where table and bucket are
 OVERRIDES = ""  # of the config, separated by blanks
-CHANGE = "model.embedding_dim=16"  # the one line in which the second run differs
+CHANGED_DIM = 16  # numbers in a row, the one line in which the second run differs
+BATCH_SIZE = 1024
 K = 10
 RUNS_DIR = "../runs"
 
@@ -86,7 +87,7 @@ _ = (folder / "run.yaml").write_text(content)
 # them.
 
 # %%
-more = [*config.BY_SCALE[SCALE].split(), *OVERRIDES.split()]
+more = [*config.BY_SCALE[SCALE].split(), f"training.batch_size={BATCH_SIZE}", *OVERRIDES.split()]
 settings = config.Config.load(folder / "run.yaml", *more)
 print(f"{settings.name}: {len(config.leaves(settings.tree()))} fields")
 
@@ -155,7 +156,7 @@ print("another folder, the same metrics to the last bit:", same)
 # `python -m recsys_common train run.yaml --set model.embedding_dim=16`.
 
 # %%
-second = runs.train(settings.override(CHANGE), **where)
+second = runs.train(settings.override(f"model.embedding_dim={CHANGED_DIM}"), **where)
 compared = pd.DataFrame(runs.compared(first.folder, second.folder)).set_index("name")
 compared.filter(regex="^[a-z]+[.]|NDCG|coverage", axis=0).round(3)
 

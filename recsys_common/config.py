@@ -62,7 +62,7 @@ class Data(Section):
     split_by: Literal["auto", "temporal", "leave-one-out"] = field("auto", "how train, validation and test are parted")
     table: Name = field("examples", "table of the warehouse with a column `shard`: examples, or histories")
     split: Name | None = field("train", "rows to export are those whose column `split` has this value; null: all rows")
-    shards: Count = field(8, "shards that the SQL deals rows out to; each becomes a file, or several")
+    shards: Count | None = field(None, "shards that SQL deals rows out to; null: one for 4 million rows, 8 at least")
     oov_buckets: Rows = field(1, "rows at the head of a table for ids out of the vocabulary")
     minimum_frequency: Count = field(1, "training rows that an id needs for a row of its own")
     folder: Text | None = field(None, "folder of the prepared files, local or gs://; null: named by what is in it")
@@ -137,12 +137,11 @@ class Export(Section):
     folder: Text = field("model", "folder of the SavedModel, within the run's folder")
 
 
-# What differs from the defaults of the fields, as overrides; a shard has about 4 million rows.
+# What differs from the defaults of the fields, as overrides.
 BY_SCALE = {
     "small": "",
-    "medium": "data.rows=1_000_000 data.shards=32 model.embedding_dim=64 training.batch_size=8192 "
-    "training.steps_per_execution=10",
-    "full": "data.shards=12500 model.embedding_dim=64 optimizer.second_moment=row optimizer.warmup_steps=1000 "
+    "medium": "data.rows=1_000_000 model.embedding_dim=64 training.batch_size=8192 training.steps_per_execution=10",
+    "full": "model.embedding_dim=64 optimizer.second_moment=row optimizer.warmup_steps=1000 "
     "training.batch_size=16384 training.epochs=1 training.steps_per_execution=100 training.log_every=1000 "
     "training.checkpoint_every=10000",
 }

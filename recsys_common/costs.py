@@ -113,8 +113,14 @@ def road_plan(rows: float, ids: float, prices: dict[str, dict]) -> str:
     return "\n".join([*lines, *price_list({kind: prices[kind] for kind in total}), last])
 
 
+TRAINED = {
+    4: "The chapter trains twice: once undisturbed, and once killed and resumed.",
+    6: "The chapter trains three times: a run, the same run elsewhere, and one that differs in a line.",
+}
+
+
 def tables_plan(rows: float, ids: float, dim: int, path: Path | None = None) -> str:
-    """Chapter 4: memory and disk of tables of `ids` rows, and hours for `rows` examples where a step was measured."""
+    """Chapters 4 and 6: memory and disk of tables of `ids` rows, and hours for `rows` examples where a step was measured."""
     path, steps = path or BENCHMARK.with_name("embeddings.json"), {}
     if path.is_file():
         steps = {row["case"]: row["value"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
@@ -127,7 +133,6 @@ def tables_plan(rows: float, ids: float, dim: int, path: Path | None = None) -> 
         lines.append(f"{name:30}{sizes}{figure(epoch):>16}")
     lines += ["", f"Checkpoints: {KEPT} are kept, while one more is written. Hours: {rows:,.0f} examples in batches of"]
     lines.append(f"{MEASURED_BATCH:,} on the 2 cores of the benchmark, a table of 100 M rows of 16 (lazy adam: of 8).")
-    lines.append("The chapter trains twice: once undisturbed, and once killed and resumed.")
     return "\n".join(lines)
 
 
@@ -242,7 +247,7 @@ def main() -> int:
     parser.add_argument("--chapter", type=int, default=1, help="chapter number (default: 1)")
     parser.add_argument("--rows", type=float, help="ratings (default: the table's, or 50e9)")
     parser.add_argument("--ids", type=float, default=100e6, help="users and items together (default: 100e6)")
-    parser.add_argument("--dim", type=int, default=64, help="numbers of a row, in chapter 4 (default: 64)")
+    parser.add_argument("--dim", type=int, default=64, help="numbers of a row, in chapters 4 and 6 (default: 64)")
     parser.add_argument("--project", default="", help="Google Cloud project, to ask about the table")
     parser.add_argument("--table", default="", help="project.dataset.table, to ask for its rows and a dry run")
     parser.add_argument("--prices", default=PRICES, help="a file of yours, as prices.json")
@@ -256,8 +261,8 @@ def main() -> int:
     rows, dry_run, table = arguments.rows, None, arguments.table
     head = f"chapter {arguments.chapter}, SCALE=full{', ' + table if table else ''}"
     try:
-        if arguments.chapter not in (1, 2, 3, 4, 5):
-            raise ValueError(f"chapter {arguments.chapter} has no full run yet; chapters 1 to 5 have")
+        if arguments.chapter not in (1, 2, 3, 4, 5, 6):
+            raise ValueError(f"chapter {arguments.chapter} has no full run yet; chapters 1 to 6 have")
         prices = given(load_prices(arguments.prices), **{kind: getattr(arguments, f"price_{kind}") for kind in prices})
         if table and not scale.TABLE.fullmatch(table):
             raise ValueError(f"{table!r} is not a BigQuery table's name, project.dataset.table")
@@ -282,9 +287,10 @@ def main() -> int:
             "Of chapter 2's plan, which follows: export_rows, the route 'storage read', two shards read once more from"
         )
         print("BigQuery, and the files read for about two epochs. None of the other SQL, and none of the other routes.")
-    rows, ids, one = rows or FULL_ROWS, arguments.ids, arguments.chapter in (1, 4)
-    if arguments.chapter == 4:
-        print(f"{tables_plan(rows, ids, arguments.dim)}\n\nChapter 1's plan, without titles, liked items and CSV:")
+    rows, ids, one = rows or FULL_ROWS, arguments.ids, arguments.chapter in (1, 4, 6)
+    if arguments.chapter in TRAINED:
+        print(f"{tables_plan(rows, ids, arguments.dim)}\n{TRAINED[arguments.chapter]}\n")
+        print("Chapter 1's plan, without titles, liked items and CSV:")
     print(road_plan(rows, ids, prices) if one else routes_plan(rows, prices, load_benchmark(BENCHMARK), dry_run, ids))
     return 0
 

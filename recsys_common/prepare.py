@@ -44,7 +44,7 @@ import tensorflow as tf
 from recsys_common import bigquery, conversion, datasets, ratings_table, splits
 from recsys_common.config import Config
 from recsys_common.record_batches import Manifest
-from recsys_common.scale import SIMULATED_ROWS, TABLE
+from recsys_common.scale import SIMULATED_ROWS, TABLE, rehearsing
 
 log = logging.getLogger("recsys_common")
 VERSION = 1
@@ -221,6 +221,8 @@ class _Source:
         decides = {"version": VERSION, "dataset": name}
         if name == "simulated":
             decides["rows"] = data.rows or SIMULATED_ROWS["small"]
+        elif TABLE.match(name) and rehearsing():
+            decides["modified"] = "never"  # it is made anew, the same, whenever the service starts
         elif TABLE.match(name) and self.connection[0]:
             table = self.connect().client.get_table(name, retry=self.warehouse.retry())
             decides["modified"] = table.modified.isoformat()
@@ -247,9 +249,10 @@ def _made(config: Config, folder: str, source: _Source) -> dict:
     rows = warehouse.count("ratings")
     numbering = {"oov_buckets": data.oov_buckets, "minimum_frequency": data.minimum_frequency}
     warehouse.run("vocabularies.sql", **numbering, pieces=1 + rows // 100_000_000)
-    warehouse.run("examples.sql", shards=data.shards)
+    shards = data.shards or max(8, rows // conversion.ROWS_PER_FILE)
+    warehouse.run("examples.sql", shards=shards)
     if data.table == "histories":
-        warehouse.run("histories.sql", length=_length(config), shards=data.shards)
+        warehouse.run("histories.sql", length=_length(config), shards=shards)
     counts = warehouse.query("SELECT split, COUNT(*) AS n FROM examples GROUP BY split").to_pylist()
     counts = {part: {row["split"]: row["n"] for row in counts}.get(part, 0) for part in ("train", *PARTS)}
     if sum(counts.values()) != rows or not all(counts.values()):
@@ -272,8 +275,8 @@ def _made(config: Config, folder: str, source: _Source) -> dict:
         if data.table == "histories":
             warehouse.run("part_histories.sql", part=part, earlier=_length(config) - 1)
             files |= _parquet(folder, f"{part}_histories", warehouse.read("part_histories").sort_by("user_index"))
-    shards = conversion.TableShards(warehouse, data.table, {"split": data.split})
-    train = conversion.convert(os.path.join(folder, "train"), shards, config.record_columns())
+    exported = conversion.TableShards(warehouse, data.table, {"split": data.split})
+    train = conversion.convert(os.path.join(folder, "train"), exported, config.record_columns())
     if train.rows != counts["train"]:
         raise RuntimeError(f"{folder}/train has {train.rows:,} rows, the warehouse {counts['train']:,}: export again")
     files |= {f"train/{file.name}": file.sha256 for file in train.files}

@@ -39,7 +39,7 @@ FIELDS = {
     "data.split_by": ["auto", "temporal", "leave-one-out"],
     "data.table": "name",
     "data.split": "name?",
-    "data.shards": COUNT,
+    "data.shards": ("int?", 1, 2**53),
     "data.oov_buckets": ROWS,
     "data.minimum_frequency": COUNT,
     "data.folder": "text?",
@@ -581,9 +581,9 @@ def test_scales_differ_in_size_alone_and_differences_are_told_field_by_field():
     small, medium, full = map(Config.default, ("small", "medium", "full"))
     assert small == Config()
     assert {path for path, *_ in differences(small, medium)} == {
-        "data.rows", "data.shards", "model.embedding_dim", "training.batch_size", "training.steps_per_execution",
+        "data.rows", "model.embedding_dim", "training.batch_size", "training.steps_per_execution",
     }  # fmt: skip
-    assert differences(small, medium)[:2] == [("data.rows", None, 1_000_000), ("data.shards", 8, 32)]
+    assert differences(small, medium)[:2] == [("data.rows", None, 1_000_000), ("model.embedding_dim", 32, 64)]
     assert all(full.tree()[s] == small.tree()[s] for s in ("features", "evaluation", "export", "seed"))
     more = small.override("features.c={kind: number, column: c}")
     assert differences(small, more) == [("features.c.kind", ABSENT, "number"), ("features.c.column", ABSENT, "c")]
@@ -892,7 +892,7 @@ def warehouse():
 def trained(warehouse, folder, made: Config):
     """SQL, files, batches, a model and one step, with nothing but the config to say how. The config, batch, model."""
     data = made.data
-    warehouse.run("histories.sql", length=max(made.lengths().values()), shards=data.shards)
+    warehouse.run("histories.sql", length=max(made.lengths().values()), shards=data.shards or 2)
     rows = warehouse.query(
         "SELECT MAX(user_index) + 1 AS user, MAX(item_index) + 1 AS item FROM histories"
     ).to_pylist()[0]

@@ -318,7 +318,7 @@ def test_a_plan_of_training_names_no_price_of_the_warehouse(monkeypatch, capsys,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--chapter", "6"], "chapter 6 has no full run yet; chapters 1 to 5 have"),
+        (["--chapter", "7"], "chapter 7 has no full run yet; chapters 1 to 6 have"),
         (["--chapter", "5", "--utilisation", "1.5"], "utilisation 1.5, expected a share above 0, 1 at most"),
         (["--chapter", "5", "--input-rows", "0"], "input_rows 0.0, expected a number above 0"),
         (["--chapter", "5", "--price-tpu-v5e", "-1"], "price tpu_v5e=-1.0; expected a number from 0 up"),
