@@ -120,7 +120,7 @@ TRAINED = {
 
 
 def tables_plan(rows: float, ids: float, dim: int, path: Path | None = None) -> str:
-    """Chapters 4, 6: memory and disk of tables of `ids` rows, and hours for `rows` examples where a step was measured."""
+    """Chapters 4 and 6: memory and disk of tables of `ids` rows, and hours for `rows` examples where measured."""
     path, steps = path or BENCHMARK.with_name("embeddings.json"), {}
     if path.is_file():
         steps = {row["case"]: row["value"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
