@@ -83,13 +83,12 @@ evaluation: {{k: {K}, metric: NDCG@{K}}}
 _ = (folder / "run.yaml").write_text(content)
 
 # %% [markdown]
-# All else has its default, here that of the scale. Every field is checked, and the name of the run follows from all of
-# them.
+# All else has its default, here that of the scale. Every field is checked.
 
 # %%
 more = [*config.BY_SCALE[SCALE].split(), f"training.batch_size={BATCH_SIZE}", *OVERRIDES.split()]
 settings = config.Config.load(folder / "run.yaml", *more)
-print(f"{settings.name}: {len(config.leaves(settings.tree()))} fields")
+print(f"{len(config.leaves(settings.tree()))} fields")
 
 # %% [markdown]
 # `runs.train` takes the road of chapter 1 in one call, as `python -m recsys_common train run.yaml` does: load, split,
@@ -100,10 +99,12 @@ where = {"runs_dir": folder / "runs", "data_dir": DATA_DIR, "location": LOCATION
 where |= {"project": PROJECT, "bucket": BUCKET}
 shutil.rmtree(folder / "runs", ignore_errors=True)  # or it would find what it did before
 first = runs.train(settings, **where)
+print(first.folder.name)
 pd.DataFrame(first.metrics).T.round(3)
 
 # %% [markdown]
-# Epochs and early stopping are judged on *validation*. The test was asked once, after the last step, and popularity
+# The name of the run follows from its config, the rows of its tables included, which the data said. Epochs and early
+# stopping are judged on *validation*. The test was asked once, after the last step, and popularity
 # stands beside it.
 #
 # ## What a run leaves
@@ -119,15 +120,15 @@ print("metrics", *about["metrics"], sep=" | ")
 
 # %% [markdown]
 # `config.yaml` is the config as it was resolved, with the rows that the tables turned out to need. `run.json` has the git
-# revision, and `changes.patch` what differed from it; the hash of the data, file by file; versions, machine and seed.
-# `metrics.jsonl` has the curves, `log.txt` what happened and when.
+# revision, and `changes.patch` what differed from it; the hash of the data, whose folder has that of each file; versions,
+# machine and seed. `metrics.jsonl` has the curves, `log.txt` what happened and when.
 #
 # The folder of the data is named by a hash of all that decides what is in it: the ratings, the SQL, the fields of the
 # config that count. Runs that differ in their model share it.
 
 # %%
 prepared = prepare.prepare(settings, **where)
-print(*sorted(path.name for path in Path(prepared.folder).iterdir()))
+print(*sorted(tf.io.gfile.listdir(prepared.folder)))
 
 # %% [markdown]
 # ## Once more
@@ -176,7 +177,7 @@ pd.DataFrame(runs.table(folder / "runs" / "train")).round(4)
 #
 # ## The model leaves
 #
-# `export` takes the best checkpoint of a run and writes a folder. Whoever has it needs nothing else: no checkpoint, no
+# `export` takes the last checkpoint of a run, with early stopping the best, and writes a folder. Whoever has it needs nothing else: no checkpoint, no
 # vocabulary table, no line of this project.
 
 # %%
@@ -237,14 +238,15 @@ print(answer.stdout.strip())
 #
 # `serving/` has two clients that are meant to be copied: [score.c](../serving/score.c), on TensorFlow's C library, which
 # the Python package contains, and [score.mjs](../serving/score.mjs), on ONNX Runtime with its own look-up of ids.
-# `make serving` builds both. Each first compares the folder with its manifest, then runs the golden vectors.
+# `make serving` builds both, the first with the C compiler of this machine. Each first compares the folder with its manifest, then runs the golden vectors.
 
 # %% tags=["main-result"]
-_ = subprocess.run(["make", "--silent", "-C", "..", "serving"], capture_output=True, check=True)
-clients = {
-    "C": ["../build/serving/score"],
-    "Node.js": ["../build/serving/node", "../build/serving/score.mjs"],
-}
+built = subprocess.run(["make", "--silent", "-C", "..", "serving"], capture_output=True, text=True)
+clients = {"C": ["../build/serving/score"]}
+clients["Node.js"] = ["../build/serving/node", "../build/serving/score.mjs"]
+assert Path(clients["C"][0]).exists(), (
+    built.stderr
+)  # names the C compiler, if that is what is missing
 asked = {name: [*client, str(model), "--repeat", "200"] for name, client in clients.items()}
 done = {
     name: subprocess.run(each, capture_output=True, text=True, check=True)
@@ -289,8 +291,9 @@ dial.index = pd.MultiIndex.from_tuples(dial.index.str.split(", expansion_search 
 dial.unstack(0).sort_index(key=lambda number: number.astype(int)).round(3)
 
 # %% [markdown]
-# And ten million users, rows of 32 numbers, 1.28 GB? Saving and loading hold the table once and little more; as an ONNX
-# file with its table beside it, it is mapped and read where it is needed. In tables, and seconds:
+# And ten million users, rows of 32 numbers, 1.28 GB? How many times the table is in memory at most while it is made,
+# saved and loaded, on top of the libraries; and the seconds. As an ONNX file with its table beside it, it is mapped, and
+# read where it is needed.
 
 # %%
 tables = measured[measured.index.str.match("(memory|seconds) to [^:]*$")]
@@ -396,12 +399,13 @@ print(masking.masked(f"GET https://example.com/v1?key={key}"))
 #
 # 1. Train with `optimizer.learning_rate` ten times as large, and compare the three runs by `runs.curves`. On which of
 #    their metrics would you have chosen wrongly?
-# 2. Kill `python -m recsys_common train` half-way (Ctrl-C, or `kill -9`) and repeat it. What does `log.txt` say, and which
-#    number of `run.json` is not what it would have been?
+# 2. Kill `python -m recsys_common train --set training.epochs=40` half-way, by Ctrl-C and by `kill -9`, and repeat it.
+#    What does `log.txt` say each time, and which numbers of `run.json` are not what they would have been?
 # 3. Take one id out of a copy of `vocabulary/` and mend the manifest (`artifact.write_manifest`). Who notices, and by what?
 # 4. Score the golden users in a third language. What do you need besides the folder?
-# 5. The index misses some of the exact hundred. Set `expansion_search` to 16 and to 1,000: what becomes of its recall and
-#    its time?
+# 5. `python benchmarks/serving.py --only model` leaves a model of a million items in `build/serving_benchmark`, in 20
+#    minutes. Search its index (`item_index.load`) with an `expansion_search` of 16 and of 1,000: what becomes of recall
+#    and time? From where on is the exact list the cheaper one?
 # 6. Write the rule for approval that your own team would want into `workflows/road.py`.
 
 # %%

@@ -1,14 +1,14 @@
 """What can be done from a shell? Prepare data, train, list and compare runs, export a model.
 
-    python -m recsys_common train                                     # the defaults, in under a minute
+    python -m recsys_common train                                     # the defaults
     python -m recsys_common train run.yaml --set training.epochs=8    # a file says what differs from the defaults
     python -m recsys_common runs --compare matrix_factorization-1 matrix_factorization-2 --plot curves.png
     python -m recsys_common export runs/train/<name>
 
 Each command says more with --help. A faulty config ends with what is wrong with it and exit code 2, other faults with
-1, a run that was asked to stop with 143; the same command then goes on. Nothing is imported from the current folder,
-and no architecture but those of this package, unless `--allow-own-code` is given: a config names the module of its
-architecture, and a config may come from anybody.
+1, a run that was asked to stop, by SIGTERM or Ctrl-C, with 143 or 130; the same command then goes on. Nothing is
+imported from the current folder, and no architecture but those of this package, unless `--allow-own-code` is given: a
+config names the module of its architecture, and a config may come from anybody.
 
 Needs: config_commands.py runs.py prepare.py and what they need; tracking.py (for `runs --mlflow`)
 """
@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 OWN_CODE = "--allow-own-code"
@@ -40,24 +42,26 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "2":  # of the package; what C++ still says there is for its developers
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     from recsys_common import runs
+    from recsys_common.masking import Masked, masked
 
     if arguments is None:  # from a shell
         own = getattr(given, "own_code", False)
         os.environ["RECSYS_OWN_CODE"] = "1" if own else os.environ.get("RECSYS_OWN_CODE", "0")
     shown = logging.StreamHandler()
-    shown.setFormatter(runs.Masked("%(message)s"))
+    shown.setFormatter(Masked("%(message)s"))
     runs.log.addHandler(shown)
     runs.log.setLevel(logging.INFO)
     try:
         return COMMANDS[given.command][2](given)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
-        from recsys_common.masking import masked
-
         print(masked(str(error)), file=sys.stderr)
         return 2 if isinstance(error, FaultyConfig) else 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception:  # of Google's client or of TensorFlow
+        print(masked(traceback.format_exc()), file=sys.stderr)
+        return 1
     finally:
         runs.log.removeHandler(shown)
 
@@ -89,9 +93,19 @@ def _prepare(given) -> int:
     return 0
 
 
+def _interrupted(*_) -> None:
+    """The first Ctrl-C asks training to save a checkpoint and end, as SIGTERM does; the next one ends it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # nothing to save yet
+        raise KeyboardInterrupt
+    print("saving a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _train(given) -> int:
     from recsys_common import runs
 
+    signal.signal(signal.SIGINT, _interrupted)
     run = runs.train(_config(given), **_places(given))
     if run.about["state"] != "finished":
         print(f"{run.folder}: {run.about['state']} at step {run.about['steps']}; the same command goes on")

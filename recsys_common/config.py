@@ -108,7 +108,7 @@ class Training(Section):
     steps_per_execution: Rows = field(1, "steps between two returns to Python")
     remainder: Literal["drop", "pad"] = field("drop", "what becomes of an epoch's last rows that fill no batch")
     log_every: Count = field(50, "steps between two lines of the log")
-    checkpoint_every: Count = field(1000, "steps between two checkpoints")
+    checkpoint_every: Count = field(100, "steps between two checkpoints")
     keep: Count = field(3, "checkpoints that are kept, the latest")
     early_stopping: Count | None = field(None, "epochs without a better evaluation.metric, then it ends; null: never")
     mixed_precision: bool = field(False, "whether dense layers compute in bfloat16")
@@ -140,7 +140,8 @@ class Export(Section):
 # What differs from the defaults of the fields, as overrides.
 BY_SCALE = {
     "small": "",
-    "medium": "data.rows=1_000_000 model.embedding_dim=64 training.batch_size=8192 training.steps_per_execution=10",
+    "medium": "data.rows=1_000_000 model.embedding_dim=64 training.batch_size=8192 "
+    "training.steps_per_execution=10 training.checkpoint_every=1000",
     "full": "model.embedding_dim=64 optimizer.second_moment=row optimizer.warmup_steps=1000 "
     "training.batch_size=16384 training.epochs=1 training.steps_per_execution=100 training.log_every=1000 "
     "training.checkpoint_every=10000",

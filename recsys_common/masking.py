@@ -13,6 +13,7 @@ Needs: nothing else.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 
 # What has a shape of its own. Of a pattern with a group, the group alone is masked.
@@ -39,9 +40,10 @@ NAME = (
 BARE = r"[^\s\"'\\,;&(){}\[\]<>]{6,}+(?![\[(.])"  # not code such as tokens[0]
 ASSIGNED = [
     # name = "value", "name": "value"; the quotes may be escaped, as in JSON in JSON
-    rf"(?<![\w.-]){NAME}\\*[\"']?\s*(?::\s*\w+\s*)?[=:]\s*(?P<quote>\\*[\"'])(?P<value>[^\n]*?[^\n\\])(?=(?P=quote))",
+    rf"(?<![\w.-]){NAME}\\*[\"']?\s*(?::\s*\w+\s*)?[=:]\s*(?P<quote>\\*[\"'])(?!(?P=quote))"
+    r"(?P<value>[^\n]*?[^\n\\])(?=(?P=quote))",
     rf"(?<![\w.-]){NAME}(?:\s*=\s*|:[ ]*)(?P<value>{BARE})",  # NAME=value, name: value
-    rf"--{NAME}[ ]+(?P<value>(?!-){BARE})",  # --name value
+    rf"(?<![\w.-])--{NAME}[ ]+(?P<value>(?!-){BARE})",  # --name value
 ]
 ASSIGNED = [re.compile(pattern, re.IGNORECASE) for pattern in ASSIGNED]
 NO_SECRET = re.compile(r"(?i)none|null|false|string|\$.*|\[masked: .*|.{0,3}", re.DOTALL)
@@ -67,6 +69,14 @@ def masked(content):
     for pattern in ASSIGNED:
         content = pattern.sub(_assigned, content)
     return content
+
+
+class Masked(logging.Formatter):
+    """A log without credentials, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return masked(super().format(record))
 
 
 def _named(key: str, value: str) -> str:

@@ -108,6 +108,19 @@ class Prepared:
         table = self._read(f"{part}_histories")
         return dict(zip(table["user_index"].to_pylist(), table["history"].to_pylist(), strict=True))
 
+    def inputs(self, users: np.ndarray, histories: dict[int, list[int]]):
+        """What a model's `scores` takes: the users; with histories, all that the features of a user are made of."""
+        config = self.config
+        if not config.lengths():
+            return users
+        columns = {name: np.zeros(len(users), dtype) for name, dtype in config.record_columns().items()}
+        columns["user_index"] = users.astype(np.int32)
+        for column, length in config.lengths().items():  # padded on the left, as input_pipeline.batches does
+            taken = [histories.get(int(user), [])[-length:] for user in users]
+            columns[column] = np.array([[0] * (length - len(row)) + row for row in taken], np.int32)
+            columns[f"{column}_length"] = np.array([len(row) for row in taken], np.int32)
+        return config.transform()({name: tf.constant(column) for name, column in columns.items()})
+
     def _read(self, name: str) -> pa.Table:
         with tf.io.gfile.GFile(os.path.join(self.folder, f"{name}.parquet"), "rb") as stream:
             return pq.read_table(pa.BufferReader(stream.read()))
@@ -126,7 +139,8 @@ def prepare(
     """Make the data of a config, or find it. A call that was killed is made again, and goes on where it can.
 
     Args:
-      folder: of the data; None: the config's data.folder, or else `runs_dir/data/<hash of all it depends on>`.
+      folder: of the data; None: the config's data.folder, or else `<hash of all it depends on>` in
+        `runs_dir/data`, or in gs://bucket/data.
       data_dir: where data sets that are files lie, or are downloaded to.
       project, bucket, location: as for `bigquery.connect`; "" is the embedded BigQuery.
 
@@ -140,7 +154,8 @@ def prepare(
         source = _Source(config, data_dir, project, bucket, location, stack)
         depends = source.depends()
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        folder = os.fspath(folder or config.data.folder or Path(runs_dir) / "data" / key[:12])
+        base = f"gs://{bucket}/data" if bucket and not rehearsing() else Path(runs_dir) / "data"
+        folder = os.fspath(folder or config.data.folder or os.path.join(base, key[:12]))
         stack.enter_context(_one_at_a_time(folder))
         about = _json(folder, "data.json")
         if about and about["key"] != key:
@@ -162,10 +177,16 @@ def found(folder: str | os.PathLike, config: Config) -> Prepared:
 
     Raises:
       FileNotFoundError: data.json or a file of the training rows is not there.
+      ValueError: it was made for a config whose data differ.
     """
     folder = os.fspath(folder)
     if (about := _json(folder, "data.json")) is None:
         raise FileNotFoundError(f"{folder}: no data.json, so its data is gone or was never finished; prepare it again")
+    asked = _of_config(config)
+    other = [f"{name}: {about['depends'][name]!r}, now {asked[name]!r}" for name in asked]
+    other = [line for name, line in zip(asked, other, strict=True) if about["depends"][name] != asked[name]]
+    if other:
+        raise ValueError(f"{folder} was made for another config:\n  " + "\n  ".join(other))
     return Prepared(folder, _with_rows(config, about["rows"]), Manifest.load(os.path.join(folder, "train")), about)
 
 
@@ -218,7 +239,7 @@ class _Source:
     def depends(self) -> dict:
         """All that decides what the data will be."""
         data, name = self.config.data, self.config.data.dataset
-        decides = {"version": VERSION, "dataset": name}
+        decides = {"version": VERSION}
         if name == "simulated":
             decides["rows"] = data.rows or SIMULATED_ROWS["small"]
         elif TABLE.match(name) and rehearsing():
@@ -226,18 +247,29 @@ class _Source:
         elif TABLE.match(name) and self.connection[0]:
             table = self.connect().client.get_table(name, retry=self.warehouse.retry())
             decides["modified"] = table.modified.isoformat()
+            if table.table_type != "TABLE":  # of a view that says when its SQL was changed
+                rows = f"SELECT COUNT(*) AS n, CAST(MAX(timestamp) AS STRING) AS latest FROM `{name}`"
+                decides["rows"] = self.warehouse.query(rows).to_pylist()
         elif not TABLE.match(name):
             folder = datasets.folder(name, self.data_dir)
             if not folder.is_dir():
                 self.load()  # downloads it, or says what is missing
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             decides["files"] = {str(path.relative_to(folder)): _sha256(path) for path in files}
-        decides |= {"split_by": data.split_by, "validation_fraction": VALIDATION_FRACTION, "table": data.table}
-        decides |= {"shards": data.shards, "oov_buckets": data.oov_buckets, "minimum_frequency": data.minimum_frequency}
-        decides |= {"columns": self.config.record_columns(), "length": _length(self.config)}
+        decides |= _of_config(self.config)
         files = ("temporal_split", "leave_last_out", "vocabularies", "examples", "histories", "part_pairs")
         sql = "".join((bigquery.SQL_FOLDER / f"{file}.sql").read_text() for file in (*files, "part_histories"))
-        return decides | {"users": self.config.evaluation.users, "sql": hashlib.sha256(sql.encode()).hexdigest()}
+        return decides | {"sql": hashlib.sha256(sql.encode()).hexdigest()}
+
+
+def _of_config(config: Config) -> dict:
+    """What of a config decides the data."""
+    data = config.data
+    decides = {"dataset": data.dataset, "split_by": data.split_by, "table": data.table, "shards": data.shards}
+    decides |= {"train_fraction": splits.TRAIN_FRACTION, "validation_fraction": VALIDATION_FRACTION}
+    decides |= {"oov_buckets": data.oov_buckets, "minimum_frequency": data.minimum_frequency}
+    decides |= {"columns": config.record_columns(), "length": _length(config)}
+    return decides | {"users": config.evaluation.users}
 
 
 def _made(config: Config, folder: str, source: _Source) -> dict:
@@ -258,6 +290,8 @@ def _made(config: Config, folder: str, source: _Source) -> dict:
     if sum(counts.values()) != rows or not all(counts.values()):
         raise ValueError(f"{tables.name}: {rows:,} ratings became {counts}; expected as many, and some in each part")
     log.info("data: %s", ", ".join(f"{n:,} rows for {part}" for part, n in counts.items()))
+    names = [*(f"{side}_vocabulary" for side in SIDES), data.table]
+    changed = {name: warehouse.changed(name) for name in names}
     files, known = {}, {}
     for side in SIDES:
         table = warehouse.read(f"{side}_vocabulary", [f"{side}_id", f"{side}_index", "frequency"])
@@ -279,6 +313,9 @@ def _made(config: Config, folder: str, source: _Source) -> dict:
     train = conversion.convert(os.path.join(folder, "train"), exported, config.record_columns())
     if train.rows != counts["train"]:
         raise RuntimeError(f"{folder}/train has {train.rows:,} rows, the warehouse {counts['train']:,}: export again")
+    if replaced := [name for name in names if warehouse.changed(name) != changed[name]]:
+        where = f"{warehouse.project}.{warehouse.dataset}.{replaced[0]}"
+        raise RuntimeError(f"{where} was replaced meanwhile, by somebody else: prepare again, one at a time")
     files |= {f"train/{file.name}": file.sha256 for file in train.files}
     content = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
     about = {"dataset": tables.name, "split": split, "counts": counts, "rows": known, "stride": max(stride, 1)}

@@ -33,6 +33,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ from pathlib import Path
 
 from recsys_common import scale
 from recsys_common.config import Config, leaves, tree_differences
-from recsys_common.masking import masked
+from recsys_common.masking import Masked, masked
 from recsys_common.plain_yaml import read
 
 log = logging.getLogger("recsys_common")
@@ -138,9 +139,12 @@ def _started(folder: Path, prepared, before) -> dict:
     latest = checkpoints.latest(folder / "checkpoints")
     step = checkpoints.content(latest)["state"]["step"] if latest else 0
     commit, changes = scale.commit(), _git("diff", "HEAD", "--", ".", ":!*.ipynb")
+    number = len(known.get("starts", [])) + 1
     if changes:
-        (folder / "changes.patch").write_text(masked(changes), encoding="utf-8")
+        patch = folder / ("changes.patch" if number == 1 else f"changes-{number}.patch")
+        patch.write_text(masked(changes), encoding="utf-8")
     begun = {"date": _now(), "step": step, "commit": commit, "changed": _git("status", "--porcelain").splitlines()}
+    begun["changes"] = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else ""
     local = "://" not in prepared.folder
     data = {"folder": os.path.relpath(prepared.folder, folder) if local else prepared.folder}
     data |= {name: made[name] for name in ("content", "manifest", "dataset", "split", "counts", "stride")}
@@ -149,7 +153,7 @@ def _started(folder: Path, prepared, before) -> dict:
         "state": "running",
         "config": prepared.config.hash,
         "metric": prepared.config.evaluation.metric,
-        "before": load(before).about["name"] if before else None,
+        "before": known.get("before") or (load(before).about["name"] if before else None),
         "starts": [*known.get("starts", []), begun],
         "data": data,
         "seed": prepared.config.seed,
@@ -227,25 +231,9 @@ def evaluate(model, prepared, part: str) -> dict[str, float]:
             bar.update(len(block))
             if model is None:
                 return np.tile(popularity[first:], (len(block), 1))
-            return model.scores(_inputs(config, block, histories))[:, first:last]
+            return model.scores(prepared.inputs(block, histories))[:, first:last]
 
         return evaluation.evaluate(scores, users, items, seen_users, seen_items, last - first, config.evaluation.k)
-
-
-def _inputs(config: Config, users, histories: dict[int, list[int]]):
-    """What `scores` takes: the users; with histories, all that the features of a user are made of."""
-    import numpy as np
-    import tensorflow as tf
-
-    if not config.lengths():
-        return users
-    columns = {name: np.zeros(len(users), dtype) for name, dtype in config.record_columns().items()}
-    columns["user_index"] = users.astype(np.int32)
-    for column, length in config.lengths().items():  # padded on the left, as input_pipeline.batches does
-        taken = [histories.get(int(user), [])[-length:] for user in users]
-        columns[column] = np.array([[0] * (length - len(row)) + row for row in taken], np.int32)
-        columns[f"{column}_length"] = np.array([len(row) for row in taken], np.int32)
-    return config.transform()({name: tf.constant(column) for name, column in columns.items()})
 
 
 def _longer(frequency, config: Config):
@@ -306,7 +294,11 @@ def compared(a: str | os.PathLike, b: str | os.PathLike) -> list[dict]:
     rows = [("config", *row) for row in tree_differences(settings(one), settings(other))]
     pairs = [
         ("data", "content", *(run.about.get("data", {}).get("content") for run in (one, other))),
-        ("code", "commit", *(run.about.get("starts", [{}])[-1].get("commit") for run in (one, other))),
+        *(
+            ("code", name, *(run.about.get("starts", [{}])[-1].get(name) for run in (one, other)))
+            for name in ("commit", "changes")
+        ),
+        ("code", "versions", *(run.about.get("versions") for run in (one, other))),
     ]
     rows += [pair for pair in pairs if pair[2] != pair[3]]
     left, right = leaves(one.metrics, ""), leaves(other.metrics, "")
@@ -352,6 +344,8 @@ def export(folder: str | os.PathLike, data: str | os.PathLike | None = None) -> 
     config = Config.load(folder / "config.yaml")
     place = run.about["data"]["folder"]
     prepared = found(data or (place if "://" in place else os.path.normpath(folder / place)), config)
+    if prepared.about["content"] != run.about["data"]["content"]:
+        raise ValueError(f"{prepared.folder} has other data than {folder} was trained on, so its ids stand elsewhere")
     latest = checkpoints.latest(folder / "best") or checkpoints.latest(folder / "checkpoints")
     if latest is None:
         raise FileNotFoundError(f"{folder}: no checkpoint yet; make the run again, it goes on")
@@ -364,11 +358,20 @@ def export(folder: str | os.PathLike, data: str | os.PathLike | None = None) -> 
 
 
 def _begin(before: Path, prepared, objects: dict) -> None:
-    """Take over what an exported run knows, row by row where a table has ids."""
+    """Take over what an exported run knows after its last step, row by row where a table has ids.
+
+    Raises:
+      ValueError: it was trained on rows of another data set, or parted in another way, which this run may ask for.
+    """
     from recsys_common import artifact, checkpoints
 
     model, now, ids = objects["model"], prepared.vocabularies(), {}
-    exported = before / Config.load(before / "config.yaml").export.folder
+    was, about = Config.load(before / "config.yaml"), load(before).about["data"]
+    for name in ("dataset", "split"):
+        if about[name] != prepared.about[name]:
+            found = f"its {name} is {about[name]}, here {prepared.about[name]}"
+            raise ValueError(f"{before}: {found}, so it may have trained on what is asked here")
+    exported = before / was.export.folder
     known = {each.feature: each.vocabulary for each in artifact.verify(exported).inputs if each.vocabulary}
     for name, table in model.rows.features.items():
         feature = getattr(model, "ids_of", {}).get(table.name, name)
@@ -427,17 +430,9 @@ def _listed(metrics: dict[str, float]) -> str:
 def _git(*words: str) -> str:
     """What git says of the checkout that this file is in; "" outside of one."""
     with contextlib.suppress(FileNotFoundError):  # no git
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-        return done.stdout if done.returncode == 0 else ""
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True)
+        return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
     return ""
-
-
-class Masked(logging.Formatter):
-    """A log without credentials, tracebacks included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        return masked(super().format(record))
 
 
 @contextlib.contextmanager

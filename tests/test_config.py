@@ -581,7 +581,8 @@ def test_scales_differ_in_size_alone_and_differences_are_told_field_by_field():
     small, medium, full = map(Config.default, ("small", "medium", "full"))
     assert small == Config()
     assert {path for path, *_ in differences(small, medium)} == {
-        "data.rows", "model.embedding_dim", "training.batch_size", "training.steps_per_execution",
+        "data.rows", "model.embedding_dim", "training.batch_size", "training.checkpoint_every",
+        "training.steps_per_execution",
     }  # fmt: skip
     assert differences(small, medium)[:2] == [("data.rows", None, 1_000_000), ("model.embedding_dim", 32, 64)]
     assert all(full.tree()[s] == small.tree()[s] for s in ("features", "evaluation", "export", "seed"))

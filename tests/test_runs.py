@@ -195,6 +195,8 @@ class Fixed:
     about: dict
     asked: tuple
 
+    inputs = prepare.Prepared.inputs
+
     def pairs(self, part):
         return tuple(map(np.array, self.asked))
 
@@ -239,7 +241,7 @@ def test_two_towers_with_a_history_learn_through_the_same_call(tmp_path):
     model = runs.restored(prepared.config, prepared.frequency(), checkpoints.latest(run.folder / "checkpoints"))
     histories = prepared.histories("test")
     user, items = min(histories.items(), key=lambda pair: len(pair[1]))
-    inputs = runs._inputs(prepared.config, np.array([user]), histories)
+    inputs = prepared.inputs(np.array([user]), histories)
     assert inputs["history"].numpy().tolist() == [[0] * (5 - len(items)) + items]
     short = runs._inputs(prepared.config, np.array([3, 2, 4]), {2: [7, 8], 3: [1, 2, 3, 4, 5, 6]})
     assert short["history"].numpy().tolist() == [[2, 3, 4, 5, 6], [0, 0, 0, 7, 8], [0] * 5]

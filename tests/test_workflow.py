@@ -59,7 +59,8 @@ def test_the_first_night_publishes_a_model(nights):
     from recsys_common import artifact
 
     (made, current, about), folder = nights[0][0], nights[1]
-    assert made == f"{folder}/home/{current['model']}" == f"{folder}/home/2026-11-01/model"
+    assert made == f"{folder}/home/{current['model']}"
+    assert current["model"] == f"2026-11-01-{about['name']}-{about['data']['content'][:12]}/model"
     assert about["state"] == "finished" and about["before"] is None
     metadata = artifact.verify(made)
     assert metadata.name == about["name"] and metadata.metrics == about["metrics"]

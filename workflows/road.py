@@ -47,12 +47,13 @@ TrainedRun = Annotated[FlyteDirectory, HashMethod(_outcome)]
 
 
 @task(**STEP, requests=Resources(cpu="2", mem="8Gi"))
-def prepared(settings: str, day: datetime.datetime) -> Data:
-    """The rows of this day, as prepare.py makes them."""
+def prepared(settings: str, project: str, location: str, day: datetime.datetime) -> Data:
+    """The rows of this day, as prepare.py makes them; without a project by the embedded BigQuery."""
     from recsys_common.config import Config
     from recsys_common.prepare import prepare
 
-    made = prepare(Config.parse(settings), runs_dir=current_context().working_directory)
+    folder = current_context().working_directory
+    made = prepare(Config.parse(settings), runs_dir=folder, project=project, location=location)
     return FlyteDirectory(made.folder)
 
 
@@ -86,7 +87,10 @@ def approved(run: TrainedRun, before: str) -> bool:
     metric, metrics = about["metric"], about["metrics"]
     value, least = metrics["validation"][metric], metrics["validation, popularity"][metric]
     if before:
-        least = max(least, LEAST_OF_BEFORE * _about(before)["metrics"]["validation"][metric])
+        was = _about(before)["metrics"]["validation"]
+        if metric not in was:
+            raise ValueError(f"{before} was judged by {', '.join(was)}, not by {metric}: publish the first one by hand")
+        least = max(least, LEAST_OF_BEFORE * was[metric])
     if value <= least:
         raise ValueError(f"{run.path}: validation {metric} is {value:.4f}, expected above {least:.4f}: not published")
     return True
@@ -100,7 +104,9 @@ def published(run: TrainedRun, data: Data, home: str, day: datetime.datetime, go
     folder = run.download()
     model = runs.export(folder, data=data.download())
     files, path = fsspec.core.url_to_fs(home)
-    current = {name: f"{day:%Y-%m-%d}/{name}" for name in ("run", "data", "model")}
+    about = _about(folder)
+    place = f"{day:%Y-%m-%d}-{about['name']}-{about['data']['content'][:12]}"  # another model never stands there
+    current = {name: f"{place}/{name}" for name in ("run", "data", "model")}
     for name, source in (("run", folder), ("data", data.path), ("model", str(model))):
         files.put(f"{source}/", f"{path}/{current[name]}/", recursive=True)
     files.pipe(f"{path}/current.json.writing", json.dumps(current, indent=1).encode())
@@ -109,17 +115,19 @@ def published(run: TrainedRun, data: Data, home: str, day: datetime.datetime, go
 
 
 @workflow
-def road(settings: str, home: str, day: datetime.datetime) -> str:
+def road(settings: str, home: str, day: datetime.datetime, project: str = "", location: str = "US") -> str:
     """Data, training, approval, publication; returns where the model is."""
     before = published_before(home=home)
-    data = prepared(settings=settings, day=day)
+    data = prepared(settings=settings, project=project, location=location, day=day)
     run = trained(settings=settings, data=data, before=before)
     return published(run=run, data=data, home=home, day=day, good=approved(run=run, before=before))
 
 
+# For a cluster: `home` has to be a bucket, gs://..., since what a container writes to its own disk goes with it, and
+# `settings` has to name your table. Both are asked for when the plan is activated.
 nightly = LaunchPlan.get_or_create(
     road,
     "nightly",
-    default_inputs={"settings": "seed: 1", "home": "runs/nightly"},
+    default_inputs={"settings": "data: {dataset: project.dataset.ratings}", "home": "gs://bucket/nightly"},
     schedule=CronSchedule(schedule="0 4 * * *", kickoff_time_input_arg="day"),
 )
