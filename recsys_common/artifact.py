@@ -243,11 +243,11 @@ def verify(folder: str | Path) -> Metadata:
         of another version. Names the file, what was found and what was expected.
     """
     folder = Path(folder)
+    there = set(_names(folder)) - set(LEFT_OUT)  # before anything is read: of a link or a pipe there is no end
     manifest = _parsed(_Manifest, folder / MANIFEST)
     expected = {entry.name: entry for entry in manifest.files}
     if len(expected) != len(manifest.files) or METADATA not in expected:
         raise ValueError(f"{folder / MANIFEST}: names a file twice, or no {METADATA}. {_WHOLE}")
-    there = set(_names(folder)) - set(LEFT_OUT)
     if missing := sorted(expected.keys() - there):
         raise ValueError(f"{folder / missing[0]}: not there, but in {MANIFEST}. {_WHOLE}")
     if extra := sorted(there - expected.keys()):

@@ -3,7 +3,7 @@
     places, scores = item_index.exact(vectors, users, 100)                     # the yardstick: reads every vector
     about = item_index.build("index.usearch", vectors, sample_of_users, k=100)  # as artifact.Index has it
     index = item_index.load("index.usearch", about["expansion_search"])
-    places, scores = item_index.search(index, users, 100)
+    places, scores = item_index.search(index, users, 100, vectors)
 
 The graph is HNSW (Malkov & Yashunin, "Efficient and robust approximate nearest neighbor search using hierarchical
 navigable small world graphs", 2016) by usearch, whose files other languages read too. Chosen at the search, and
@@ -38,7 +38,11 @@ def exact(vectors: np.ndarray, users: np.ndarray, k: int) -> tuple[np.ndarray, n
 
     Returns:
       Places int64 and scores float32, [n, min(k, I)].
+
+    Raises:
+      ValueError: a user's vector has a number that is infinite or none: it is near to no item.
     """
+    _refuse_strange(users)
     k = min(k, len(vectors))
     scores, places = np.full((len(users), k), -np.inf, np.float32), np.zeros((len(users), k), np.int64)
     for begin in range(0, len(vectors), BLOCK):
@@ -122,14 +126,44 @@ def load(path: str | Path, expansion_search: int):
     return index
 
 
-def search(index, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `exact`, nearly: places int64 and scores float32, [n, min(k, I)]."""
-    longer = np.zeros((len(users), index.ndim), np.float32)
+def search(index, users: np.ndarray, k: int, vectors: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """As `exact`, nearly.
+
+    The graph may lead to fewer items than there are.
+
+    Args:
+      index: of `load`.
+      vectors: of `exact`: the list of a user for whom fewer are found is taken from there. None: place -1 and score
+        -inf fill it up.
+
+    Returns:
+      Places int64 and scores float32, [n, min(k, I)].
+
+    Raises:
+      ValueError: as `exact`.
+    """
+    _refuse_strange(users)
+    longer, k = np.zeros((len(users), index.ndim), np.float32), min(k, len(index))
     longer[:, : users.shape[1]] = users
-    found = index.search(longer, min(k, len(index)))
-    return found.keys.astype(np.int64).reshape(len(users), -1), 1 - found.distances.reshape(len(users), -1)
+    found = index.search(longer, k)
+    counts = np.asarray(found.counts if len(users) != 1 else [len(found)])  # of one user it gives just what is found
+    there = np.arange(k) < counts[:, None]
+    places, scores = np.full(there.shape, -1), np.full(there.shape, -np.inf, np.float32)
+    keys, distances = (each if len(users) == 1 else each[there] for each in (found.keys, found.distances))
+    places[there], scores[there] = keys, 1 - distances
+    if vectors is not None and (few := counts < k).any():
+        places[few], scores[few] = exact(vectors, users[few], k)
+    return places, scores
+
+
+def _refuse_strange(users: np.ndarray) -> None:
+    if not (finite := np.isfinite(users).all(1)).all():
+        raise ValueError(f"users: row {finite.argmin()} has a number that is not finite, expected finite numbers")
 
 
 def recall_of(found: np.ndarray, right: np.ndarray) -> float:
-    """Share of each row of `right` [n, k] that is in the same row of `found`; the mean of the rows."""
+    """Share of each row of `right` [n, k] that is in the same row of `found`; the mean of the rows.
+
+    Place -1 in `found` stands for none.
+    """
     return float(np.mean([np.isin(theirs, ours).mean() for ours, theirs in zip(found, right, strict=True)]))

@@ -358,7 +358,7 @@ def export(folder: str | os.PathLike, data: str | os.PathLike | None = None) -> 
 
 
 def _begin(before: Path, prepared, objects: dict) -> None:
-    """Take over what an exported run knows after its last step, row by row where a table has ids.
+    """Take over what an exported run knows, row by row where a table has ids.
 
     Raises:
       ValueError: it was trained on rows of another data set, or parted in another way, which this run may ask for.
@@ -377,7 +377,7 @@ def _begin(before: Path, prepared, objects: dict) -> None:
         feature = getattr(model, "ids_of", {}).get(table.name, name)
         if feature in known and feature in now:
             ids[table.name] = artifact.read_ids(exported / known[feature].file), now[feature]
-    latest = checkpoints.latest(before / "checkpoints")
+    latest = checkpoints.latest(before / "best") or checkpoints.latest(before / "checkpoints")
     report = checkpoints.warm_start(latest, objects, ids, prepared.config.data.oov_buckets)
     listed = [f"{table}: " + ", ".join(f"{n:,} {what}" for what, n in rows.items()) for table, rows in report.items()]
     log.info("begun with %s; %s", load(before).about["name"], "; ".join(listed))

@@ -35,38 +35,121 @@ NAMES = """
     UnsortedSegmentMax UnsortedSegmentSum UpperBound VarHandleOp VarIsInitializedOp Where ZerosLike
 """
 ALLOWED = frozenset(NAMES.split())
-# What every SavedModel has to write and read its own variables, in functions that nothing else may call.
-SAVER = {"SaveV2", "RestoreV2", "MergeV2Checkpoints", "ShardedFilename", "AssignVariableOp", "StaticRegexFullMatch"}
-SAVER |= {"DisableCopyOnRead"}
+# What a SavedModel has to write and to read its own variables: one function each, at a path that the caller gives.
+SAVE = {"SaveV2", "MergeV2Checkpoints", "ShardedFilename", "StaticRegexFullMatch", "DisableCopyOnRead"}
+SAVE |= {"Const", "Identity", "NoOp", "Pack", "ReadVariableOp", "Select", "StringJoin"}
+RESTORE = {"RestoreV2", "AssignVariableOp", "Const", "Identity", "NoOp"}
+PATHS = {"SaveV2": [0], "RestoreV2": [0], "ShardedFilename": [0], "MergeV2Checkpoints": [0, 1]}  # inputs that are paths
+ENDINGS = {b".part", b"_temp/part"}  # what TensorFlow's own save function appends to the path
 
 
 def check(folder: str | Path) -> None:
     """Refuse a SavedModel whose graph may reach out of itself.
 
     Raises:
-      ValueError: an operation that is not in `ALLOWED`, files among its assets, or no SavedModel; names it.
+      ValueError: an operation that is not in `ALLOWED`, files among its assets, a save or restore function with a path
+        of its own, no graph of objects, two graphs, or no SavedModel; names it.
     """
-    for graph in _read(folder).meta_graphs:
-        if graph.asset_file_def:
-            raise ValueError(f"{folder}: it names the file {graph.asset_file_def[0].filename!r}, expected none. {_WHY}")
-        saver, top = graph.saver_def, {node.name: node for node in graph.graph_def.node}
-        own = {each.partition(":")[0] for each in (saver.save_tensor_name, saver.restore_op_name)} - {""}
-        functions = {function.signature.name: function for function in graph.graph_def.library.function}
-        trusted = {call for name in own & top.keys() for call in _calls(top[name])}
-        called = {call for name, node in top.items() if name not in own for call in _calls(node)}
-        for name, function in functions.items():
-            if name not in trusted:
-                called |= {call for node in function.node_def for call in _calls(node)}
-        for name, function in functions.items():
-            allowed = ALLOWED | SAVER if name in trusted - called else ALLOWED
+    found = _read(folder)
+    if others := sorted({each.name for each in Path(folder).glob("saved_model.*")} - {"saved_model.pb"}):
+        raise ValueError(f"{folder}: it has {others[0]}, which TensorFlow may read in place of saved_model.pb. {_WHY}")
+    graph = found.meta_graphs[0]
+    if len(found.meta_graphs) != 1 or not graph.HasField("object_graph_def"):
+        raise ValueError(f"{folder}: expected one graph with a graph of objects, as tf.saved_model.save writes. {_WHY}")
+    if graph.asset_file_def:
+        raise ValueError(f"{folder}: it names the file {graph.asset_file_def[0].filename!r}, expected none. {_WHY}")
+    trusted, named = _saver(graph), _named(graph)
+    for function in graph.graph_def.library.function:
+        name = function.signature.name
+        if name in trusted.keys() - named and "api_implements" not in function.attr:  # by which functions are swapped
+            allowed, arguments = trusted[name]
             _refuse(folder, function.node_def, allowed, f"function {name}")
-        _refuse(folder, top.values(), ALLOWED, "graph")
+            _refuse_paths(folder, function, arguments)
+        else:
+            _refuse(folder, function.node_def, ALLOWED, f"function {name}")
+    _refuse(folder, graph.graph_def.node, ALLOWED, "graph")
+
+
+def _saver(graph) -> dict[str, tuple[set[str], set[str]]]:
+    """Function -> operations that it may have, its arguments that are paths; of those that write or read variables.
+
+    They are called by the two nodes that the graph names for it, with the path that the caller gives, and nothing else
+    takes what these nodes give.
+    """
+    saver, library = graph.saver_def, {each.signature.name: each for each in graph.graph_def.library.function}
+    taken = {_node(each) for node in graph.graph_def.node for each in node.input}
+    for signature in graph.signature_def.values():
+        for tensor in [*signature.inputs.values(), *signature.outputs.values()]:
+            if tensor.WhichOneof("encoding") != "name":
+                return {}  # sparse or composite: it names several
+            taken.add(_node(tensor.name))
+    for collection in graph.collection_def.values():
+        taken |= {_node(each) for each in collection.node_list.value}
+    trusted = {}
+    for tensor, allowed in ((saver.save_tensor_name, SAVE), (saver.restore_op_name, RESTORE)):
+        for node in graph.graph_def.node:
+            if node.name != _node(tensor) or node.name in taken:
+                continue
+            for name in set(_calls(node)) & library.keys() - trusted.keys():
+                # Another string is data: the graph of objects is stored as one.
+                pairs = zip(library[name].signature.input_arg, node.input, strict=False)
+                paths = {argument.name for argument, each in pairs if _node(each) == _node(saver.filename_tensor_name)}
+                trusted[name] = allowed, paths
+    return trusted
+
+
+def _named(graph) -> set[str]:
+    """Functions that run by another way than the two nodes of the saver."""
+    own = {_node(graph.saver_def.save_tensor_name), _node(graph.saver_def.restore_op_name)}
+    library, objects = graph.graph_def.library, graph.object_graph_def
+    nodes = [node for node in graph.graph_def.node if node.name not in own]
+    nodes += [node for function in library.function for node in function.node_def]
+    named = {call for node in nodes for call in _calls(node)} | {*objects.concrete_functions}
+    for each in objects.nodes:
+        named |= {*each.function.concrete_functions, each.bare_concrete_function.concrete_function_name}
+    for each in library.gradient:
+        named |= {each.function_name, each.gradient_func}
+    return named | {each.gradient_func for each in library.registered_gradients}
+
+
+def _refuse_paths(folder, function, arguments: set[str]) -> None:
+    """Refuse a function that writes or reads at another path than these arguments say."""
+    nodes = {node.name: node for node in function.node_def}
+
+    def ending(tensor: str) -> bool:
+        node = nodes.get(_node(tensor))
+        if node is not None and node.op == "Select":
+            return all(ending(each) for each in node.input[1:3])
+        return node is not None and node.op == "Const" and {*node.attr["value"].tensor.string_val} <= ENDINGS
+
+    def given(tensor: str) -> bool:
+        node = nodes.get(_node(tensor))
+        if node is None:
+            return tensor in arguments
+        data = [each for each in node.input if not each.startswith("^")]
+        if node.op == "StringJoin":
+            return given(data[0]) and all(map(ending, data[1:])) and not node.attr["separator"].s
+        return node.op in ("Identity", "Pack", "ShardedFilename") and all(map(given, data[: _PARTS.get(node.op)]))
+
+    for node in function.node_def:
+        if not all(given(node.input[place]) for place in PATHS.get(node.op, [])):
+            raise ValueError(
+                f"{folder}: operation {node.op} ({node.name}, in function {function.signature.name}) has a path of its "
+                f"own, expected the one that the caller gives. {_WHY}"
+            )
+
+
+_PARTS = {"Identity": 1, "ShardedFilename": 1}  # inputs that make the path; of Pack all
+
+
+def _node(tensor: str) -> str:
+    return tensor.removeprefix("^").partition(":")[0]
 
 
 _WHY = "It could run code, or read and write files, with your rights."
 
 
-def _refuse(folder, nodes, allowed: frozenset[str], where: str) -> None:
+def _refuse(folder, nodes, allowed: frozenset[str] | set[str], where: str) -> None:
     for node in nodes:
         if node.op not in allowed:
             raise ValueError(

@@ -9,7 +9,7 @@ losses, bit for bit where the device computes them so. The folder of a run:
     metrics.jsonl             a line every `log_every` steps: step, epoch, loss (the mean since the last line),
                               rows_per_second, seconds; one for each evaluation. Each step is in it once.
     checkpoints/step-<n>/     variables of model and optimizer, and the place in the input (checkpoints.py)
-    best/step-<n>/            with early stopping: the variables of the model at its best evaluation
+    best/step-<n>/            with early stopping: the same at the best evaluation
     tensorboard/              the same numbers for TensorBoard
     run.json                  how it ended, on which machine, with which versions
 
@@ -54,7 +54,7 @@ class Run:
     Attributes:
       folder: of the run.
       model: trained; with early stopping its best evaluation's weights.
-      optimizer: with the slots after the last step.
+      optimizer: with its slots, of the same step.
       steps: that are done, of all its processes.
       stopped: "end", "early stopping" or "SIGTERM".
       evaluations: of each epoch its step, epoch, and what `evaluate` returned.
@@ -296,7 +296,7 @@ class _Running:
         if metric not in line:
             raise ValueError(f"evaluate returned {', '.join(line)}; early stopping goes by {metric}")
         if self._best() is line and (not there or checkpoints.content(there)["state"]["step"] < self.step):
-            checkpoints.save(self.folder / "best", {"model": self.model}, line, keep=1)
+            checkpoints.save(self.folder / "best", self.objects, line, keep=1)
 
     def _best(self) -> dict:
         return max(self.evaluations, key=lambda line: line[self.config.evaluation.metric])
@@ -308,7 +308,7 @@ class _Running:
     def _finish(self, stopped: str) -> Run:
         self.board.close()
         if self.config.training.early_stopping and stopped != "SIGTERM":
-            checkpoints.restore(checkpoints.latest(self.folder / "best"), {"model": self.model})
+            checkpoints.restore(checkpoints.latest(self.folder / "best"), self.objects)
         path, rows = self.folder / "run.json", [{"case": "training", "value": self.seconds, "unit": "s"}]
         known = json.loads(path.read_text()) if path.exists() else {}  # what runs.py wrote
         known |= scale.result(self.config.name, rows, scale="", dataset=self.manifest.folder)

@@ -29,16 +29,17 @@ static int worse(Scored a, Scored b) { return a.score < b.score || (a.score == b
 
 static int best_first(const void *a, const void *b) { return worse(*(const Scored *)a, *(const Scored *)b) ? 1 : -1; }
 
-/* The k best of `rows` items for one user, best first; of equals the one that comes first. k <= rows.
+/* The k best of `rows` items for one user, best first; of equals the one that comes first. k <= rows. How many there
+   are: fewer than k where scores are NaN or -infinity, which are left out.
    The root of the heap `best` is its worst. The pragma makes SIMD of the sum (-fopenmp-simd). */
-static void exact_top(const float *items, int32_t rows, int dim, const float *user, int k, Scored *best) {
+static int exact_top(const float *items, int32_t rows, int dim, const float *user, int k, Scored *best) {
     for (int i = 0; i < k; i++) best[i] = (Scored){-INFINITY, INT32_MAX};
     for (int32_t item = 0; item < rows; item++) {
         const float *vector = items + (size_t)item * dim;
         float score = 0;
 #pragma omp simd reduction(+ : score)
         for (int j = 0; j < dim; j++) score += user[j] * vector[j];
-        if (score <= best[0].score) continue;
+        if (!(score > best[0].score)) continue; /* nor is NaN greater */
         Scored entering = {score, item};
         int hole = 0;
         for (int child; (child = 2 * hole + 1) < k; hole = child) {
@@ -49,6 +50,8 @@ static void exact_top(const float *items, int32_t rows, int dim, const float *us
         best[hole] = entering;
     }
     qsort(best, k, sizeof *best, best_first);
+    while (k && best[k - 1].item == INT32_MAX) k--;
+    return k;
 }
 
 /* What reading costs: the sum of all numbers, in one stream and in four. */
@@ -123,13 +126,15 @@ int main(int count, char **words) {
     printf("{\"client\": \"C\", \"rows\": %zu, \"dim\": %d, \"top\": [", rows, dim);
     for (int i = 0; i < repeat; i++) {
         double start = milliseconds();
-        exact_top(items, rows, dim, users + i % num_users * dim, k, best);
+        int found = exact_top(items, rows, dim, users + i % num_users * dim, k, best);
         double searched = milliseconds();
         sink += sum_one(items, rows * dim);
         double summed = milliseconds();
         sink += sum_four(items, rows * dim);
         four[i] = milliseconds() - summed, one[i] = summed - searched, search[i] = searched - start;
-        for (int j = 0; j < k && (size_t)i < num_users; j++) printf("%s%d", j ? ", " : i ? "], [" : "[", best[j].item);
+        if ((size_t)i >= num_users) continue;
+        printf(i ? "], [" : "[");
+        for (int j = 0; j < found; j++) printf("%s%d", j ? ", " : "", best[j].item);
     }
     printf("]]");
     print_times("exact_ms", search, repeat);

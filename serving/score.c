@@ -33,32 +33,44 @@ static double milliseconds(void) {
     return now.tv_sec * 1e3 + now.tv_nsec / 1e6;
 }
 
+/* What a string, number or word says; a list or an object says nothing. */
+static const char *text_of(Json *value) {
+    if (!value->text)
+        die("metadata.json or manifest.json has a list or an object as \"%s\", where a string or a number is expected",
+            value->key ? value->key : "an entry of a list");
+    return value->text;
+}
+
 /* The manifest ----------------------------------------------------------------------------------------------------- */
 
 static Json *manifest;
 static size_t folder_length;
 
 static int is_in_manifest(const char *path, const struct stat *about, int type, struct FTW *walk) {
-    (void)about, (void)walk;
+    (void)walk;
+    if (type == FTW_D) return 0;
+    if (type != FTW_F || !S_ISREG(about->st_mode)) die("%s: is no plain file; copy what it leads to", path);
     const char *name = path + folder_length + 1;
-    if (type == FTW_D || type == FTW_DP || !strcmp(name, "manifest.json")) return 0;
-    if (!strcmp(name, "saved_model/fingerprint.pb")) return 0; /* it differs from export to export; nothing reads it */
+    if (!strcmp(name, "manifest.json")) return 0;
+    /* It differs from export to export. TensorFlow reads it, for a line of its own log. */
+    if (!strcmp(name, "saved_model/fingerprint.pb")) return 0;
     for (Json *file = get(manifest, "files", NULL)->first; file; file = file->next)
-        if (!strcmp(name, get(file, "name", NULL)->text)) return 0;
+        if (!strcmp(name, text_of(get(file, "name", NULL)))) return 0;
     die("%s: is not in manifest.json; a model has no other files: export it again", path);
     return 1;
 }
 
-/* Every file that the manifest names has its size and its SHA-256, and there is no other file. */
+/* Every file that the manifest names has its size and its SHA-256, and there is no other file.
+   `folder` is as realpath() gives it: with no slash at its end, and no link. */
 static void check_files(const char *folder) {
     manifest = json_parse(join(folder, "manifest.json"));
-    if (strcmp(get(manifest, "version", NULL)->text, "1"))
-        die("%s/manifest.json: version %s, expected 1", folder, get(manifest, "version", NULL)->text);
+    const char *version = text_of(get(manifest, "version", NULL));
+    if (strcmp(version, "1")) die("%s/manifest.json: version %s, expected 1", folder, version);
     for (Json *entry = get(manifest, "files", NULL)->first; entry; entry = entry->next) {
-        const char *name = get(entry, "name", NULL)->text, *expected = get(entry, "sha256", NULL)->text;
+        const char *name = text_of(get(entry, "name", NULL)), *expected = text_of(get(entry, "sha256", NULL));
         if (name[0] == '/' || strstr(name, "..")) die("%s/manifest.json: %s leads out of the folder", folder, name);
         File file = map_file(join(folder, name));
-        size_t bytes = strtoull(get(entry, "bytes", NULL)->text, NULL, 10);
+        size_t bytes = strtoull(text_of(get(entry, "bytes", NULL)), NULL, 10);
         if (file.size != bytes)
             die("%s/%s: %zu bytes, the manifest says %zu: export or copy it again", folder, name, file.size, bytes);
         uint8_t digest[32];
@@ -91,15 +103,15 @@ static size_t leaves(Json *value, Json **into) {
 
 /* A tensor from nested JSON lists; `about` is {"tensor", "dtype", "shape"} of the metadata. int64 are strings there. */
 static TF_Tensor *tensor_of(Json *value, Json *about, const char *name) {
-    const char *dtype = get(about, "dtype", NULL)->text;
+    const char *dtype = text_of(get(about, "dtype", NULL));
     int64_t shape[8] = {0};
-    int rank = get(about, "shape", NULL)->count;
+    size_t rank = get(about, "shape", NULL)->count, count = leaves(value, NULL), product = 1;
+    if (rank > 8) die("%s: %zu dimensions, expected at most 8", name, rank);
     Json *level = value;
-    for (int i = 0; i < rank && i < 8 && level && level->kind == '['; i++, level = level->first)
-        shape[i] = level->count;
-    size_t count = leaves(value, NULL), product = 1;
-    for (int i = 0; i < rank; i++) product *= shape[i];
-    if (rank > 8 || count != product) die("%s: %zu values do not fill its %d dimensions", name, count, rank);
+    for (size_t i = 0; i < rank && level && level->kind == '['; i++, level = level->first) shape[i] = level->count;
+    int huge = 0;
+    for (size_t i = 0; i < rank; i++) huge |= __builtin_mul_overflow(product, (size_t)shape[i], &product);
+    if (huge || count != product) die("%s: %zu values do not fill its %zu dimensions", name, count, rank);
     Json **all = allocate(count * sizeof *all);
     leaves(value, all);
     TF_DataType type = !strcmp(dtype, "int64") ? TF_INT64 : !strcmp(dtype, "int32") ? TF_INT32
@@ -109,8 +121,7 @@ static TF_Tensor *tensor_of(Json *value, Json *about, const char *name) {
     TF_Tensor *tensor = TF_AllocateTensor(type, shape, rank, count * size);
     void *data = TF_TensorData(tensor);
     for (size_t i = 0; i < count; i++) {
-        const char *text = all[i]->text;
-        if (!text) die("%s: an object or list where a value is expected", name);
+        const char *text = text_of(all[i]);
         if (type == TF_INT64) ((int64_t *)data)[i] = strtoll(text, NULL, 10);
         if (type == TF_INT32) ((int32_t *)data)[i] = strtol(text, NULL, 10);
         if (type == TF_FLOAT) ((float *)data)[i] = strtof(text, NULL);
@@ -141,7 +152,7 @@ static Model load(const char *folder) {
 
 /* The place of a tensor of a signature, such as "recommend_user_id:0", in the graph. */
 static TF_Output output_of(Model *model, Json *about) {
-    char *name = strdup(get(about, "tensor", NULL)->text), *colon = strrchr(name, ':');
+    char *name = strdup(text_of(get(about, "tensor", NULL))), *colon = strrchr(name, ':');
     if (!colon) die("metadata.json: tensor %s, expected operation:number", name);
     *colon = 0;
     TF_Output output = {TF_GraphOperationByName(model->graph, name), atoi(colon + 1)};
@@ -160,7 +171,7 @@ typedef struct {
 } Call;
 
 static Call prepare(Model *model, Json *golden) {
-    Json *signature = get(model->metadata, "signatures", get(golden, "signature", NULL)->text, NULL);
+    Json *signature = get(model->metadata, "signatures", text_of(get(golden, "signature", NULL)), NULL);
     Call call = {.num_inputs = 0};
     for (Json *input = get(golden, "inputs", NULL)->first; input && call.num_inputs < MOST; input = input->next) {
         Json *about = get(signature, "inputs", input->key, NULL);
@@ -182,8 +193,12 @@ static void run(Model *model, Call *call) {
 
 /* Golden vectors --------------------------------------------------------------------------------------------------- */
 
-/* Absolute up to 1, relative above, for float32 has seven digits. */
-static double difference(double found, double expected) { return fabs(found - expected) / fmax(1, fabs(expected)); }
+/* Absolute up to 1, relative above, for float32 has seven digits. What is no number differs hugely from everything;
+   JSON has neither NaN nor infinity. */
+static double difference(double found, double expected) {
+    double apart = fabs(found - expected) / fmax(1, fabs(expected));
+    return apart < 1e300 ? apart : 1e300;
+}
 
 /* The largest difference of the numbers of one output; ids must be equal. */
 static double compare(TF_Tensor *found, Json *expected, const char *name) {
@@ -193,8 +208,8 @@ static double compare(TF_Tensor *found, Json *expected, const char *name) {
     leaves(expected, all);
     double largest = 0;
     for (size_t i = 0; i < count; i++) {
-        double one = difference(((float *)TF_TensorData(found))[i], strtod(all[i]->text, NULL));
-        if (!(one <= largest)) largest = one; /* NaN counts as a difference */
+        double one = difference(((float *)TF_TensorData(found))[i], strtod(text_of(all[i]), NULL));
+        if (one > largest) largest = one;
     }
     free(all);
     return largest;
@@ -207,18 +222,36 @@ static int same_id(TF_Tensor *found, size_t i, const char *expected) {
     return TF_StringGetSize(text) == length && !memcmp(TF_StringGetDataPointer(text), expected, length);
 }
 
-/* How many ids of lists of k differ by more than a tie: another id may stand where its own score is the same. */
+static int same_ids(TF_Tensor *found, size_t i, size_t j) {
+    const int64_t *numbers = TF_TensorData(found);
+    if (TF_TensorType(found) == TF_INT64) return numbers[i] == numbers[j];
+    const TF_TString *one = (TF_TString *)TF_TensorData(found) + i, *other = (TF_TString *)TF_TensorData(found) + j;
+    size_t length = TF_StringGetSize(one);
+    return TF_StringGetSize(other) == length &&
+           !memcmp(TF_StringGetDataPointer(one), TF_StringGetDataPointer(other), length);
+}
+
+/* How many ids of lists of k stand there twice, or differ by more than a tie: another id may stand where its own score
+   is the same. */
 static size_t wrong_ids(TF_Tensor *found, Json *ids, Json *scores) {
-    size_t count = leaves(ids, NULL), k = ids->first->count, wrong = 0;
-    if (count != (size_t)TF_TensorElementCount(found)) die("item_id: expected %zu ids", count);
+    size_t count = leaves(ids, NULL), k = ids->first ? ids->first->count : 0, wrong = 0;
+    if (TF_TensorType(found) != TF_INT64 && TF_TensorType(found) != TF_STRING)
+        die("%s: neither float32 nor int64 nor string", ids->key);
+    for (Json *row = ids->first; row; row = row->next)
+        if (!k || row->count != k) die("%s: expected lists of the same number of ids", ids->key);
+    if (!k || count != k * ids->count || count != leaves(scores, NULL))
+        die("%s: expected a list of lists, with a score for each id", ids->key);
+    if (count != (size_t)TF_TensorElementCount(found)) die("%s: expected %zu ids", ids->key, count);
     Json **id = allocate(count * sizeof *id), **score = allocate(count * sizeof *score);
     leaves(ids, id), leaves(scores, score);
     for (size_t i = 0; i < count; i++) {
         size_t row = i / k * k, place = row;
-        while (place < row + k && !same_id(found, i, id[place]->text)) place++;
+        while (place < row + k && !same_id(found, i, text_of(id[place]))) place++;
         if (place == row + k) place--; /* not in the list: it may tie with the last one, which it then pushed out */
-        int tie = difference(strtod(score[place]->text, NULL), strtod(score[i]->text, NULL)) <= TOLERANCE;
-        wrong += !(tie || same_id(found, i, id[i]->text));
+        int tie = difference(strtod(text_of(score[place]), NULL), strtod(text_of(score[i]), NULL)) <= TOLERANCE;
+        size_t before = row;
+        while (before < i && !same_ids(found, i, before)) before++;
+        wrong += before < i || !(tie || same_id(found, i, text_of(id[i])));
     }
     free(id), free(score);
     return wrong;
@@ -238,14 +271,14 @@ static int golden_vectors(const char *folder, int repeat) {
     size_t vectors = 0, wrong = 0;
     Call recommend = {.num_inputs = -1};
     for (Json *golden = get(model.metadata, "golden", NULL)->first; golden; golden = golden->next, vectors++) {
-        const char *signature = get(golden, "signature", NULL)->text;
+        const char *signature = text_of(get(golden, "signature", NULL));
         Call call = prepare(&model, golden);
         run(&model, &call);
         Json *output = get(golden, "outputs", NULL)->first;
         for (int i = 0; i < call.num_outputs; i++, output = output->next) {
             if (TF_TensorType(call.found[i]) == TF_FLOAT) {
                 double one = compare(call.found[i], output, output->key);
-                if (!(one <= largest)) largest = one;
+                if (one > largest) largest = one;
             } else {
                 wrong += wrong_ids(call.found[i], output, get(golden, "outputs", "score", NULL));
             }
@@ -273,5 +306,7 @@ static int golden_vectors(const char *folder, int repeat) {
 int main(int count, char **words) {
     int repeat = count == 4 && !strcmp(words[2], "--repeat") ? atoi(words[3]) : 200;
     if ((count != 2 && count != 4) || repeat < 1) die("usage: score <model> [--repeat N]");
-    return golden_vectors(words[1], repeat);
+    const char *folder = realpath(words[1], NULL);
+    if (!folder) die("%s: %s", words[1], strerror(errno));
+    return golden_vectors(folder, repeat);
 }

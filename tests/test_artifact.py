@@ -1,6 +1,7 @@
 """artifact.py: a folder is what its manifest says, or is refused by the name of the file."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,16 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     (folder / "items/ids.i64").unlink()
     (folder / "items/ids.i64").symlink_to(tmp_path / "elsewhere")
     refused(folder, "items/ids.i64: a link")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metadata.json", "saved_model/fingerprint.pb", "items/more"])
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["link", "pipe"])
+def test_what_is_no_plain_file_is_refused_before_it_is_read(folder, name, make, monkeypatch):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    # Reading either would never end.
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    refused(folder, f"{name}: a link or a device")
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "items/../../elsewhere", "items//ids.i64", ".hidden"])

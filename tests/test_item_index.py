@@ -33,6 +33,16 @@ def test_exact_by_hand():
     assert item_index.exact(vectors, np.ones([1, 2], np.float32), 9)[0].tolist() == [[2, 1, 3, 0]]
 
 
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
+def test_a_user_who_is_no_vector_is_refused(strange, built):
+    users = np.ones([3, 16], np.float32)
+    users[1, 4] = strange
+    with pytest.raises(ValueError, match="row 1 has a number that is not finite"):
+        item_index.exact(built[1], users, 3)
+    with pytest.raises(ValueError, match="row 1 has a number that is not finite"):
+        item_index.search(item_index.load(built[0], 64), users, 3)
+
+
 def test_exact_in_blocks_is_a_sort(monkeypatch):
     random = np.random.default_rng(2)
     vectors = random.integers(-2, 3, [500, 4]).astype(np.float32)  # with many equal scores
@@ -55,13 +65,39 @@ def test_the_index_finds_95_in_100_and_says_how(built):
     assert (np.diff(scores) <= 1e-4).all() and about["dim"] == vectors.shape[1] + 1 and about["metric"] == "ip"
 
 
-def test_search_parameters_are_the_least_that_are_enough(built):
-    path, vectors, users, about = built
-    right = item_index.exact(vectors, users, 100)[0]
-    smaller = [each for each in (8, *item_index.SEARCHES) if each < about["expansion_search"]]
+def test_search_parameters_are_the_least_that_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(item_index, "SEARCHES", (1, 4, 16, 64, 256, 1024))
+    vectors, users = long_and_short()
+    about = item_index.build(tmp_path / "index.usearch", vectors, users, k=1)
+    right = item_index.exact(vectors, users, 1)[0]
+    smaller = [each for each in item_index.SEARCHES if each < about["expansion_search"]]
+    assert smaller and about["recall"]["value"] >= 0.95
     for expansion in smaller:
-        found = item_index.search(item_index.load(path, expansion), users, 100)[0]
-        assert item_index.recall_of(found, right) < (0.95 if expansion > 8 else 1)
+        found = item_index.search(item_index.load(tmp_path / "index.usearch", expansion), users, 1)[0]
+        assert item_index.recall_of(found, right) < 0.95
+
+
+def test_fewer_found_than_there_are_is_made_up_for(tmp_path):
+    random = np.random.default_rng(1)
+    vectors = random.normal(size=(3000, 4)) * random.lognormal(0, 2, size=(3000, 1))
+    vectors, users = vectors.astype(np.float32), random.normal(size=(5, 4)).astype(np.float32)
+    item_index._index(vectors, False, 1).save(str(tmp_path / "index.usearch"))
+    index = item_index.load(tmp_path / "index.usearch", 64)
+    expected = np.argsort(-(users @ vectors.T), 1, kind="stable")[:, :2500]
+    for chosen in (slice(0, 5), slice(0, 1)):  # one user is another form of answer in usearch
+        places, scores = item_index.search(index, users[chosen], 2500)
+        few = (places == -1).any(1)
+        assert few.any(), "usearch finds all: the test needs other vectors"
+        assert (np.isneginf(scores) == (places == -1)).all()
+        counted = np.mean([len({*row} - {-1} & {*right}) / 2500 for row, right in zip(places, expected, strict=False)])
+        assert item_index.recall_of(places, expected[chosen]) == pytest.approx(counted) and counted < 1
+        places, scores = item_index.search(index, users[chosen], 2500, vectors)
+        np.testing.assert_array_equal(places[few], expected[chosen][few])
+        assert np.isfinite(scores).all() and all(len(set(row)) == 2500 for row in places.tolist())
+
+
+def test_places_that_are_none_are_not_counted():
+    assert item_index.recall_of(np.array([[0, -1, -1]]), np.array([[0, 1, 2]])) == pytest.approx(1 / 3)
 
 
 def test_a_recall_out_of_reach_is_told_as_it_is(tmp_path, monkeypatch):

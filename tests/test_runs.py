@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from recsys_common import __main__ as program
-from recsys_common import checkpoints, evaluation, prepare, runs
+from recsys_common import artifact, checkpoints, evaluation, prepare, runs
 from recsys_common.config import Config
 
 SETTINGS = [
@@ -243,7 +243,7 @@ def test_two_towers_with_a_history_learn_through_the_same_call(tmp_path):
     user, items = min(histories.items(), key=lambda pair: len(pair[1]))
     inputs = prepared.inputs(np.array([user]), histories)
     assert inputs["history"].numpy().tolist() == [[0] * (5 - len(items)) + items]
-    short = runs._inputs(prepared.config, np.array([3, 2, 4]), {2: [7, 8], 3: [1, 2, 3, 4, 5, 6]})
+    short = prepared.inputs(np.array([3, 2, 4]), {2: [7, 8], 3: [1, 2, 3, 4, 5, 6]})
     assert short["history"].numpy().tolist() == [[2, 3, 4, 5, 6], [0, 0, 0, 7, 8], [0] * 5]
     assert short["history_length"].numpy().tolist() == [5, 2, 0] and short["user"].numpy().tolist() == [3, 2, 4]
     batch = {"user": tf.constant([user]), "history": inputs["history"], "history_length": tf.constant([len(items)])}
@@ -359,3 +359,33 @@ def test_a_finished_run_goes_to_a_tracking_server_once(run, tmp_path):
     assert kept.data.metrics["test/NDCG_at_10"] == run.metrics["test"]["NDCG@10"]
     history = mlflow.MlflowClient(uri).get_metric_history(sent, "NDCG_at_10")
     assert [point.value for point in history] == [line["NDCG@10"] for line in run.about["evaluations"]]
+
+
+def test_early_stopping_ends_asks_and_exports_the_best_epoch(tmp_path, runs_dir):
+    """A rate at which the metric falls after the first epochs; data that was made for another config is refused."""
+    config = CONFIG.override("training.epochs=30", "training.early_stopping=2", "optimizer.learning_rate=0.2")
+    data = prepare.prepare(CONFIG, runs_dir=runs_dir).folder
+    stopped = runs.train(config, runs_dir=tmp_path, data=data)
+    judged = [line["NDCG@10"] for line in stopped.about["evaluations"]]
+    best = max(range(len(judged)), key=judged.__getitem__)
+    assert stopped.about["stopped"] == "early stopping" and best == len(judged) - 3 and judged[best] > judged[-1]
+    assert stopped.metrics["validation"]["NDCG@10"] == judged[best]
+    exported = artifact.verify(runs.export(stopped.folder, data))
+    assert exported.run["checkpoint"].startswith("best/") and exported.metrics == stopped.metrics
+    prepared = prepare.found(data, stopped_config := Config.load(stopped.folder / "config.yaml"))
+    best_model = runs.restored(stopped_config, prepared.frequency(), checkpoints.latest(stopped.folder / "best"))
+    assert runs.evaluate(best_model, prepared, "test") == stopped.metrics["test"]
+    with pytest.raises(ValueError, match=r"made for another config:\n  minimum_frequency: 1, now 2"):
+        runs.train(config.override("data.minimum_frequency=2"), runs_dir=tmp_path, data=data)
+
+    other = prepare.prepare(CONFIG.override("data.minimum_frequency=2"), runs_dir=tmp_path).folder
+    with pytest.raises(ValueError, match="minimum_frequency"):
+        runs.export(stopped.folder, other)
+    short = CONFIG.override("training.epochs=1")
+    warm = runs.train(short, runs_dir=tmp_path, data=data, before=stopped.folder)
+    assert warm.about["before"] == stopped.about["name"]
+    about = json.loads((stopped.folder / "run.json").read_text())
+    about["data"]["split"] = "leave_last_out.sql"
+    (stopped.folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"its split is leave_last_out\.sql, here temporal_split.sql"):
+        runs.train(CONFIG.override("training.epochs=2"), runs_dir=tmp_path, data=data, before=stopped.folder)

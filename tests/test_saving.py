@@ -318,6 +318,128 @@ def test_a_graph_that_reaches_out_is_refused(tmp_path, reaching, operation):
         saved_graph.check(tmp_path / "model")
 
 
+@pytest.fixture
+def plain(tmp_path):
+    """A SavedModel of one variable and one signature, and its protocol buffer."""
+    module = tf.Module()
+    module.table = tf.Variable([1.0, 2.0])
+    spec = [tf.TensorSpec([], tf.int32, "x")]
+    module.read = tf.function(lambda x: {"y": module.table[x]}, input_signature=spec)
+    tf.saved_model.save(module, str(tmp_path / "model"), signatures={"read": module.read})
+    saved_graph.check(tmp_path / "model")
+    return tmp_path / "model", saved_graph._read(tmp_path / "model")
+
+
+def saver_function(graph, tensor):
+    """The function that a node of the saver calls."""
+    [node] = [each for each in graph.graph_def.node if each.name == tensor.partition(":")[0]]
+    [function] = [each for each in graph.graph_def.library.function if each.signature.name == node.attr["f"].func.name]
+    return function
+
+
+def constant_prefix(graph, operation="RestoreV2", saver="restore_op_name"):
+    function = saver_function(graph, getattr(graph.saver_def, saver))
+    [node] = [each for each in function.node_def if each.op == operation]
+    constant = next(each for each in function.node_def if each.name.endswith("/tensor_names"))
+    copied = function.node_def.add()
+    copied.CopyFrom(constant)
+    copied.name = "elsewhere"
+    copied.attr["value"].tensor.string_val[:] = [b"/tmp/never-written"]
+    node.input[0] = "elsewhere:output:0"
+
+
+def constant_shard(graph):
+    constant_prefix(graph, "ShardedFilename", "save_tensor_name")
+
+
+def constant_ending(graph):
+    function = saver_function(graph, graph.saver_def.save_tensor_name)
+    [constant] = [each for each in function.node_def if each.attr["value"].tensor.string_val[:] == [b".part"]]
+    constant.attr["value"].tensor.string_val[:] = [b"/../../../never-written"]
+
+
+def constant_merge(graph):
+    function = saver_function(graph, graph.saver_def.save_tensor_name)
+    [merge] = [each for each in function.node_def if each.op == "MergeV2Checkpoints"]
+    merge.input[1] = "Const:output:0"
+
+
+def constant_from_outside(graph):
+    """The function is as it was, but the path that it is called with is the graph's."""
+    path = graph.graph_def.node.add(name="elsewhere", op="Const")
+    path.attr["value"].tensor.string_val[:] = [b"/tmp/never-written"]
+    [node] = [each for each in graph.graph_def.node if each.name == graph.saver_def.restore_op_name]
+    node.input[0] = "elsewhere"
+
+
+def named_by_objects(graph):
+    name = saver_function(graph, graph.saver_def.restore_op_name).signature.name
+    graph.object_graph_def.nodes.add().bare_concrete_function.concrete_function_name = name
+
+
+def concrete_in_objects(graph):
+    name = saver_function(graph, graph.saver_def.save_tensor_name).signature.name
+    graph.object_graph_def.nodes.add().function.concrete_functions.append(name)
+
+
+def wired_to_an_output(graph):
+    saver = graph.saver_def.save_tensor_name
+    graph.graph_def.node.add(name="result", op="Identity", input=[saver])
+    graph.signature_def["read"].outputs["y"].name = "result:0"
+
+
+def wired_by_control(graph):
+    graph.graph_def.node.add(name="init", op="NoOp", input=["^" + graph.saver_def.restore_op_name])
+
+
+def an_output_itself(graph):
+    graph.signature_def["read"].outputs["y"].name = graph.saver_def.save_tensor_name
+
+
+def an_operation_at_the_start(graph):
+    graph.collection_def["saved_model_main_op"].node_list.value.append(graph.saver_def.restore_op_name)
+
+
+def in_place_of_a_function(graph):
+    saver_function(graph, graph.saver_def.restore_op_name).attr["api_implements"].s = b"read"
+
+
+def no_objects(graph):
+    graph.ClearField("object_graph_def")
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (constant_prefix, r"RestoreV2 \(.* has a path of its own"),
+        (constant_shard, r"ShardedFilename \(.* has a path of its own"),
+        (constant_ending, "has a path of its own"), (constant_merge, r"MergeV2Checkpoints \(.* has a path of its own"),
+        (constant_from_outside, r"RestoreV2 \(.* has a path of its own"), (named_by_objects, "operation RestoreV2"),
+        (concrete_in_objects, "operation StaticRegexFullMatch"),
+        (wired_to_an_output, "operation StaticRegexFullMatch"), (wired_by_control, "operation RestoreV2"),
+        (an_output_itself, "operation StaticRegexFullMatch"), (an_operation_at_the_start, "operation RestoreV2"),
+        (in_place_of_a_function, "operation RestoreV2"), (no_objects, "a graph of objects"),
+    ],
+)  # fmt: skip
+def test_what_saves_and_restores_cannot_be_used_for_more(plain, change, expected):
+    folder, found = plain
+    change(found.meta_graphs[0])
+    (folder / "saved_model.pb").write_bytes(found.SerializeToString())
+    with pytest.raises(ValueError, match=expected):
+        saved_graph.check(folder)
+
+
+def test_a_second_graph_is_refused(plain):
+    folder, found = plain
+    found.meta_graphs.add().CopyFrom(found.meta_graphs[0])
+    (folder / "saved_model.pb").write_bytes(found.SerializeToString())
+    with pytest.raises(ValueError, match="expected one graph"):
+        saved_graph.check(folder)
+    (folder / "saved_model.cpb").touch()
+    with pytest.raises(ValueError, match=r"it has saved_model\.cpb"):
+        saved_graph.check(folder)
+
+
 def test_load_checks_the_graph_of_a_whole_artifact(exported, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(exported / "factorization", folder)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from recsys_common import artifact, saving
+from recsys_common import artifact, item_index, saved_graph, saving
 from recsys_common.config import Config
 from recsys_common.models.matrix_factorization import MatrixFactorization
 
@@ -89,8 +89,22 @@ def test_golden_vectors_agree(client, model, models, tell):
     found = json.loads(line)
     assert found["golden"] == 4 and found["largest_difference"] <= 1e-5
     assert found["wrong_ids"] == 0 and found.get("wrong_rows", 0) == 0
+    if client is NODE:  # it has vectors of the catalogue's items only
+        assert found["skipped"] == skipped(models / model) > 0
     assert 0 < found["recommend_ms"]["p50"] <= found["recommend_ms"]["p99"]
     tell(f"golden vectors, {model}, {found['client']}: largest difference {found['largest_difference']:.1e}")
+
+
+def skipped(folder: Path) -> int:
+    """Golden items that are not in the catalogue."""
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    path = folder / metadata["items"]["ids"]["file"]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".txt" else np.fromfile(path, "<i8")
+    known = {json.loads(line) if path.suffix == ".txt" else str(line) for line in lines}
+    [name] = [each["name"] for each in metadata["inputs"] if each["side"] == "item"]
+    each = [g["inputs"][name] for g in metadata["golden"] if g["signature"] in ("item_embedding", "score")]
+    assert len(each) == 2
+    return sum(str(item) not in known for items in each for item in items)
 
 
 def off_by(amount: float, signature: str):
@@ -140,6 +154,148 @@ def test_ties_may_stand_in_another_order(client, copy):
     assert json.loads(run(client, copy, "--repeat", "1").stdout)["wrong_ids"] == 0
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("value", ('"nan"', "1e999"))
+def test_what_is_no_number_is_a_difference(client, value, copy):
+    """Also where right numbers follow; and what is printed is JSON."""
+
+    def change(content, golden):
+        golden["score"]["outputs"]["score"][1] = "PLACE"
+
+    rewrite(copy, change)
+    path = copy / "metadata.json"
+    path.write_text(path.read_text().replace('"PLACE"', value))
+    artifact.write_manifest(copy)
+    done = run(client, copy, "--repeat", "1")
+    assert done.returncode == 1 and "differs by 1e+300" in done.stderr
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["largest_difference"] == 1e300
+
+
+def recommending(folder: Path, ids, expected) -> Path:
+    """A model whose `recommend` gives these ids and scores of 0, with golden vectors that expect others."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, name="number")])
+    def recommend(number):
+        return {"item_id": tf.constant(ids), "score": tf.zeros(np.shape(ids))}
+
+    module = tf.Module()
+    module.recommend = recommend
+    tf.saved_model.save(module, str(folder / "saved_model"), {"recommend": recommend})
+    outputs = {"item_id": expected, "score": np.zeros(np.shape(expected)).tolist()}
+    golden = [{"signature": "recommend", "inputs": {"number": [0]}, "outputs": outputs}]
+    content = {"signatures": saved_graph.signatures(folder / "saved_model"), "golden": golden}
+    (folder / "metadata.json").write_text(json.dumps(content))
+    artifact.write_manifest(folder)
+    return folder
+
+
+@needs_cc
+@pytest.mark.parametrize(
+    "ids, expected, wrong",
+    [
+        ([[5, 6], [6, 5]], [["5", "6"], ["5", "6"]], 0),
+        ([[5, 6], [5, 5]], [["5", "6"], ["5", "6"]], 1),
+        ([["a", "b"], ["b", "b"]], [["a", "b"], ["a", "b"]], 1),
+        ([["a", "aa"]], [["aa", "a"]], 0),
+    ],
+)
+def test_no_id_stands_twice_in_a_list_in_c(ids, expected, wrong, tmp_path):
+    folder = recommending(tmp_path, np.array(ids, np.int64 if ids[0][0] == 5 else object), expected)
+    done = run([BUILT / "score"], folder, "--repeat", "1")
+    assert json.loads(done.stdout)["wrong_ids"] == wrong and done.returncode == (wrong > 0), done.stderr
+
+
+def test_no_id_stands_twice_in_a_list_in_node(copy):
+    content = json.loads((copy / "metadata.json").read_text())
+    [golden] = [each for each in content["golden"] if each["signature"] == "recommend"]
+    first, second = golden["outputs"]["item_id"][1][2:4]
+    path = copy / content["items"]["ids"]["file"]
+    ids = np.fromfile(path, "<i8")
+    ids[ids == int(second)] = int(first)
+    ids.tofile(path)
+
+    def change(content, golden):
+        outputs = golden["recommend"]["outputs"]
+        content["golden"] = [golden["recommend"]]
+        for values in golden["recommend"]["inputs"].values():
+            if isinstance(values, list):
+                values[:] = values[1:2]
+        for name in outputs:
+            outputs[name][:] = outputs[name][1:2]
+        for values in golden["recommend"]["rows"].values():
+            values[:] = values[1:2]
+        outputs["score"][0][3] = outputs["score"][0][2]
+
+    rewrite(copy, change)
+    assert json.loads(run(NODE, copy, "--repeat", "1").stdout)["wrong_ids"] == 1
+
+
+def recommended(ids=None, score=None):
+    """Of `recommend`, the ids or the scores that are expected become others."""
+
+    def change(content, golden):
+        outputs = golden["recommend"]["outputs"]
+        outputs["item_id"] = ids(outputs["item_id"]) if ids else outputs["item_id"]
+        outputs["score"] = score(outputs["score"]) if score else outputs["score"]
+        content["golden"] = [golden["recommend"]]
+
+    return change
+
+
+def signature_of(name: str, **changed):
+    """An input's dtype, shape or tensor becomes another."""
+    return lambda content, golden: content["signatures"]["recommend"]["inputs"][name].update(changed)
+
+
+HOSTILE = {  # how metadata.json is changed, what C says
+    "flat ids": (recommended(lambda ids: [id for row in ids for id in row]), "lists of the same number"),
+    "one id": (recommended(lambda ids: "3"), "list of lists"),
+    "no ids": (recommended(lambda ids: []), "list of lists"),
+    "empty lists": (recommended(lambda ids: [[] for _ in ids]), "lists of the same number"),
+    "ragged ids": (recommended(lambda ids: [ids[0] + ids[1][:1], ids[1][1:], *ids[2:]]), "lists of the same number"),
+    "an id is an object": (recommended(lambda ids: [[{}, *row[1:]] for row in ids]), "a list or an object"),
+    "more scores": (recommended(score=lambda scores: [[*row, *[0] * 5000] for row in scores]), "a score for each id"),
+    "a score is an object": (
+        recommended(score=lambda scores: [[{}, *row[1:]] for row in scores]),
+        "a list or an object",
+    ),
+    "nine dimensions": (signature_of("user_id", shape=[None] * 9), "9 dimensions"),
+    "a million dimensions": (signature_of("user_id", shape=[1] * 10**6), "1000000 dimensions"),
+    "dtype is a list": (signature_of("user_id", dtype=[]), '"dtype"'),
+    "tensor is an object": (signature_of("user_id", tensor={}), '"tensor"'),
+    "signature is a list": (lambda content, golden: golden["recommend"].update(signature=[]), '"signature"'),
+}
+
+
+@needs_cc
+@pytest.mark.parametrize("change, message", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_metadata_is_refused_by_c(change, message, copy):
+    rewrite(copy, change)
+    done = run([BUILT / "score"], copy, "--repeat", "1")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: ") and message in last, done.stderr
+
+
+@needs_cc
+def test_ids_of_another_type_are_refused_by_c(tmp_path):
+    done = run([BUILT / "score"], recommending(tmp_path, np.array([[5, 6]], np.int32), [["5", "6"]]))
+    assert done.returncode == 1 and "item_id: neither float32 nor int64 nor string" in done.stderr
+
+
+@needs_cc
+@pytest.mark.parametrize("field", ("name", "sha256", "bytes"))
+def test_a_hostile_manifest_is_refused_by_c(field, copy):
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][0][field] = {}
+    path.write_text(json.dumps(content))
+    done = run([BUILT / "score"], copy)
+    assert (
+        done.returncode == 1
+        and f'error: metadata.json or manifest.json has a list or an object as "{field}"' in done.stderr
+    )
+
+
 def test_node_finds_the_rows_of_ids(copy):
     def change(content, golden):
         golden["user_embedding"]["rows"]["user_index"][0] += 1
@@ -185,6 +341,50 @@ def test_a_manifest_cannot_lead_out_of_its_folder(client, copy):
     assert done.returncode == 1 and "../elsewhere.json" in done.stderr
 
 
+NAMED = {  # where metadata.json names a file
+    "vocabulary": lambda content: content["inputs"][0]["vocabulary"],
+    "ids": lambda content: content["items"]["ids"],
+    "vectors": lambda content: content["items"]["vectors"],
+    "index": lambda content: content["items"]["index"],
+    "onnx": lambda content: content["onnx"]["user_embedding"],
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_metadata_cannot_lead_out_of_the_manifest(name, copy):
+    """C opens no file that metadata.json names."""
+
+    def change(content, golden):
+        about = NAMED[name](content)
+        shutil.copy(copy / about["file"], copy.parent / Path(about["file"]).name)
+        about["file"] = f"../{Path(about['file']).name}"
+
+    rewrite(copy, change)
+    done = run(NODE, copy, "--repeat", "1")
+    assert done.returncode == 1 and not done.stdout
+    assert re.search(r"^error: .*metadata\.json: the file \.\./\S+ is not in manifest\.json$", done.stderr, re.M)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("name", ("items/vectors.f32", "saved_model/fingerprint.pb", "onnx"))
+def test_links_are_refused(client, name, copy):
+    """What one leads to can be changed after it was compared. The fingerprint is in no manifest."""
+    (copy / name).rename(copy.parent / "elsewhere")
+    (copy / name).symlink_to(copy.parent / "elsewhere")
+    done = run(client, copy, "--repeat", "1")
+    assert (
+        done.returncode == 1 and not done.stdout and re.search(f"^error: .*{name}: is no plain file", done.stderr, re.M)
+    )
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_folder_may_end_with_slashes_or_be_a_link(client, copy):
+    (copy.parent / "link").symlink_to(copy)
+    for folder in (f"{copy}/", f"{copy}//", copy.parent / "link"):
+        done = run(client, folder, "--repeat", "1")
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("client", CLIENTS)
 def test_how_to_call_it_is_said(client):
     done = run(client, "model", "--repeat", "0")
@@ -213,6 +413,19 @@ def test_exact_search_in_c(models, right, tmp_path):
     best = np.argsort(-(users @ vectors.T.astype(float)), 1, kind="stable")[:, :50]
     found = json.loads(run([BUILT / "exact"], tmp_path / "twins.f32", *files[1:], "9").stdout)
     np.testing.assert_array_equal(found["top"], np.stack([best, best + 20_000], 2).reshape(9, 100))
+    vectors[5] = np.nan
+    vectors.tofile(tmp_path / "nan.f32")
+    found = json.loads(run([BUILT / "exact"], tmp_path / "nan.f32", *files[1:], "9").stdout)
+    best = np.argsort(-(users @ np.nan_to_num(vectors, nan=-9e9).T.astype(float)), 1, kind="stable")
+    assert 5 not in np.ravel(found["top"])
+    np.testing.assert_array_equal(found["top"], np.stack([row[row != 5][:100] for row in best]))
+    vectors[3:] = np.nan  # three are left
+    vectors.tofile(tmp_path / "nan.f32")
+    found = json.loads(run([BUILT / "exact"], tmp_path / "nan.f32", *files[1:], "9").stdout)
+    np.testing.assert_array_equal(found["top"], np.argsort(-(users @ vectors[:3].T.astype(float)), 1))
+    vectors[:] = np.nan
+    vectors.tofile(tmp_path / "nan.f32")
+    assert json.loads(run([BUILT / "exact"], tmp_path / "nan.f32", *files[1:], "9").stdout)["top"] == [[]] * 9
     done = run([BUILT / "exact"], files[0], "18", files[2])
     assert done.returncode == 1 and "no whole number of rows" in done.stderr
 
@@ -220,7 +433,18 @@ def test_exact_search_in_c(models, right, tmp_path):
 def test_exact_search_and_index_in_node(models, right):
     found = json.loads(run(NODE, models / "matrix", "--users", models / "users.f32", "--repeat", "9").stdout)
     np.testing.assert_array_equal(found["top"], right)
-    assert found["recall"] > 0.9 and found["index_ms"]["repeats"] == 9
+    assert found["recall"] > 0.9 and found["index_ms"]["repeats"] == found["exact_ms"]["repeats"] == 9
+
+
+def test_node_searches_exactly_where_the_index_finds_too_few(models, right, copy):
+    vectors = np.fromfile(copy / "items/vectors.f32", "<f4").reshape(ITEMS, 17)
+    metadata = json.loads((copy / "metadata.json").read_text())
+    about = item_index.build(copy / "items/index.usearch", vectors[:50], vectors[:9], 10)
+    rewrite(copy, lambda content, golden: content["items"]["index"].update(dim=about["dim"]))
+    assert metadata["items"]["index"]["file"] == "items/index.usearch"
+    found = json.loads(run(NODE, copy, "--users", models / "users.f32", "--repeat", "9").stdout)
+    np.testing.assert_array_equal(found["top"], right)
+    assert found["recall"] == 1
 
 
 # Building ----------------------------------------------------------------------------------------------
