@@ -87,13 +87,23 @@ def variants_rows() -> list[dict]:
 
 def slices_rows() -> list[dict]:
     """The tables that no single chip has room for, on slices: the batch split, tables whole or split by rows."""
-    cases = [("v5e:2x2", False), ("v5e:2x2", True), ("v5e:4x4", True), ("v6e:2x2", True)]
-    grid = [(model, *case) for model in MODELS for case in (cases if model == "matrix factorization" else cases[2:])]
+    matrix, tower = MODELS
+    adagrad = ["optimizer.name=row_wise_adagrad", "optimizer.second_moment=element"]
+    grid = [(matrix, [], 64, "v5e:2x2", False), (matrix, [], 64, "v5e:2x2", True), (matrix, [], 64, "v6e:2x2", True)]
+    grid += [
+        (model, [], dim, topology, True)
+        for model in (matrix, tower)
+        for dim in (64, 128)
+        for topology in ("v5e:4x4", "v5p:2x2x1", "v6e:4x4")
+    ]
+    grid.append((matrix, adagrad, 128, "v5e:4x4", True))
     rows = []
-    for model, topology, split in tqdm(grid, desc="slices", unit="program"):
-        [report] = tpu.rehearse(config(model, "model.embedding_dim=64"), [topology], split_tables=split)
-        case = f"{model}, dimension 64, {topology}, tables {'split' if split else 'whole'}"
-        rows.append(row(case, model, report, dim=64, split_tables=split))
+    for model, optimizer, dim, topology, split in tqdm(grid, desc="slices", unit="program"):
+        changed = config(model, f"model.embedding_dim={dim}", *optimizer)
+        [report] = tpu.rehearse(changed, [topology], split_tables=split)
+        case = f"{model}, {'row-wise Adagrad, ' if optimizer else ''}dimension {dim}, {topology}, "
+        case += f"tables {'split' if split else 'whole'}"
+        rows.append(row(case, model, report, dim=dim, split_tables=split))
     return rows
 
 

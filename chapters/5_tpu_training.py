@@ -358,8 +358,8 @@ ratio.set_axis(["measured / predicted", "from", "to"], axis=1).round(2)
 # ## More chips
 #
 # What one chip has no room for, a slice may have. The batch is split among the chips; tables stand whole on each chip,
-# or each chip has a share of the rows and asks the others for what it lacks. The program is XLA's own, by GSPMD. (Where
-# it does not fit, the GB are those of the whole tables.)
+# or each chip has a share of the rows and asks the others for what it lacks. The program is XLA's own, by GSPMD.
+# Where it does not fit, the GB are those of its arguments alone.
 
 # %%
 slices = compiled[compiled["part"] == "slices"]
@@ -371,6 +371,11 @@ slices["step_seconds_at_least"] *= 1e3
 slices.loc[~slices["fits"], ["bytes", "between_chips", "step_seconds_at_least"]] = np.nan
 names = ["compiles", "fits", "GB a chip", "MB moved", "MB between chips", "ms, at least"]
 slices.set_axis(names, axis=1).round(1).astype(object).fillna("")
+
+# %% [markdown]
+# What fits on a slice waits for memory, not for the other chips: LazyAdam keeps a row's first moments and its one second
+# moment side by side, a number more than a multiple of 64, and such a table is copied whole in each step. The last row
+# has none of that, with row-wise Adagrad and rows that fill the lanes.
 
 # %% [markdown]
 # ## What changes if something changes
@@ -462,8 +467,8 @@ table.map(lambda value: value if isinstance(value, str) else round(value, 1))
 # most rows with the smallest of the three. The input keeps up: chapter 3's pipeline gives more rows on two cores than
 # any of these takes.
 #
-# `python -m recsys_common.costs --chapter 5 --price-tpu-v6e 2.7 --price-cpu 0.1` prints the whole plan with prices of
-# yours.
+# `python -m recsys_common.costs --chapter 5 --price-tpu-v6e X --price-cpu Y` prints the whole plan with your
+# prices of an hour.
 #
 # ## The run
 #

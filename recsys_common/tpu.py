@@ -30,7 +30,9 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,7 +60,6 @@ class Report:
     error: str = ""  # the compiler's, or ours, with the line of Python where it is known, and the mend
     seconds_to_compile: float = 0.0
     compiler_memory: int = 0  # bytes that its process had at most
-    device: str = ""  # what libtpu calls the chip
     chips: int = 1
     rows: int = 0  # of the batch, all chips together
     arguments: int = 0  # HBM bytes: tables, slots, dense layers and the batch, as stored
@@ -186,9 +187,15 @@ def aot_compile(
     if split_tables:
         large = [shape.num_elements() >= 1e6 for _, shape, _ in lowered.variables]
         shard |= {str(number): True for number, yes in enumerate(large, len(specs)) if yes}
+    chips = math.prod(int(size) for size in re.findall(r"\d+", topology.partition(":")[2]))
+    sizes = [  # of one chip
+        (hlo.compact(tuple(shape), dtype.name) / (chips if str(number) in shard else 1), name)
+        for number, (name, shape, dtype) in enumerate(shapes)
+    ]
     known = {
         "rows": specs[0].shape[0] if specs and specs[0].shape.rank else 0,
-        "arguments": sum(hlo.compact(tuple(shape), dtype.name) for _, shape, dtype in shapes),
+        "chips": chips,
+        "arguments": round(sum(size for size, _ in sizes)),
         "available": CHIPS[chip]["usable"] if chip in CHIPS else 0,
         "warnings": lowered.warnings,
     }
@@ -198,10 +205,8 @@ def aot_compile(
     if "error" in result:
         error = lowering.explained(result["error"], lowered.lines)
         if "HbmOom" in error:
-            sizes = {name: hlo.compact(tuple(shape), dtype.name) / 1e9 for name, shape, dtype in shapes}
-            largest = sorted(sizes, key=sizes.get)[:-5:-1]
             error += f"\nArguments alone are {known['arguments'] / 1e9:.1f} GB of {known['available'] / 1e9:.1f}: "
-            error += ", ".join(f"{name} {sizes[name]:.2f} GB" for name in largest)
+            error += ", ".join(f"{name} {size / 1e9:.2f} GB" for size, name in sorted(sizes)[:-5:-1])
         return Report(topology, False, error, **known)
     program = hlo.Program(result.pop("text"))
     moves = sorted(program.moves(), key=lambda move: -move.bytes)
@@ -402,10 +407,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     from recsys_common.config import Config
 
-    config = (Config.load(chosen.config) if chosen.config else Config.default("full")).override(*chosen.set)
-    if chosen.rows:
-        config = config.with_rows({name: int(rows) for name, _, rows in (each.partition("=") for each in chosen.rows)})
     values = {name: values.split(",") for name, _, values in (each.partition("=") for each in chosen.vary)}
+    try:
+        config = (Config.load(chosen.config) if chosen.config else Config.default("full")).override(*chosen.set)
+        if chosen.rows:
+            rows = dict(each.partition("=")[::2] for each in chosen.rows)
+            config = config.with_rows({name: int(count) for name, count in rows.items()})
+        config.tables()  # all of them have rows
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
     fits = True
     for topology in chosen.topology:
         for combination, report in vary(config, topology, values, split_tables=chosen.split_tables).items():

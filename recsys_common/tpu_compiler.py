@@ -91,7 +91,6 @@ def compiled(job: dict) -> dict:
     memory, cost = executable.get_compiled_memory_stats(), executable.cost_analysis()
     result = {
         "seconds_to_compile": seconds,
-        "device": devices[0].device_kind,
         "chips": len(devices),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
