@@ -1,5 +1,6 @@
 """The committed result files: measured with the versions of the lock, within what was promised, and quoted rightly."""
 
+import asyncio
 import importlib.util
 import json
 import re
@@ -327,14 +328,47 @@ def test_three_languages_give_the_same_numbers(served):
 def test_a_list_from_a_million_items_is_as_fast_as_promised(served):
     """The vectors are of a model that learned something."""
     assert served["model: items"]["value"] == 1_000_000
+    for case in (case for case in served if case.startswith("model: ")):
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", served[case]["made at"]), "a model that is kept outlives commits"
     assert served["model: NDCG@10"]["value"] > 1.5 * served["model: NDCG@10 of popularity"]["value"]
     assert served["exact top-100 C / read once"]["value"] <= 2
     for case in ("exact top-100 C", "read vectors once C", "index top-100 Node.js", "index top-100 Python"):
         assert served[case]["unit"] == "ms" and served[case]["repeats"] >= 5
     assert served["index top-100 Node.js"]["value"] < 2 and served["index top-100 Python"]["value"] < 2
+    assert served["recall@100 Node.js"]["value"] >= 0.95 and served["recall@100 Node.js"]["users"] == 700
     recall = served["recall@100"]
     assert recall["value"] >= 0.95 and recall["users"] == 1000
     assert recall["value"] == served[f"recall@100, expansion_search {recall['expansion_search']}"]["value"]
+
+
+WRONG = {  # what is answered -> is it what was asked for: 2 items, without 7
+    (200, '{"items": [{"item_id": "3"}, {"item_id": "4"}]}'): True,
+    (200, '{"items": []}'): False,
+    (200, '{"items": [{"item_id": "3"}]}'): False,
+    (200, '{"items": [{"item_id": "3"}, {"item_id": "3"}]}'): False,
+    (200, '{"items": [{"item_id": "3"}, {"item_id": "7"}]}'): False,
+    (500, '{"items": [{"item_id": "3"}, {"item_id": "4"}]}'): False,
+}
+
+
+@pytest.mark.parametrize("status, answer", WRONG)
+def test_a_wrong_answer_is_a_failed_request(status, answer):
+    async def answering(reader, writer):
+        while head := await reader.readline():
+            if head.startswith(b"content-length:"):
+                await reader.readexactly(2 + int(head.split()[1]))
+                await asyncio.sleep(0.02)
+                writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode())
+        writer.close()
+
+    async def measured():
+        server = await asyncio.start_server(answering, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        return await script("_load").load(port, 6, 2, [[{"k": 2, "seen_item_id": [7, 8]}, 200]])
+
+    found = asyncio.run(measured())
+    assert found["failed"] == (0 if WRONG[status, answer] else 6) and found["statuses"] == {str(status): 6}
+    assert len(found["ms"]) == 6 and 0.06 <= found["seconds"] < 0.001 * sum(found["ms"]), "three after another, by two"
 
 
 def test_no_request_failed(served):

@@ -584,6 +584,8 @@ BAD = {  # model, what is sent in place or besides, the field that the answer na
     "above int64": ("matrix", {"user_id": 2**63}, "user_id"),
     "below int64": ("matrix", {"user_id": str(-(2**63) - 1)}, "user_id"),
     "very long": ("matrix", {"user_id": "1" * 100_000}, "user_id"),
+    "zeros before it": ("matrix", {"user_id": "0" * 20 + "1234"}, "user_id"),
+    "a long name": ("matrix", {"x" * 5000: 3}, "x" * 200),
     "unknown field": ("matrix", {"item_id": 3}, "item_id"),
     "k is 0": ("matrix", {"k": 0}, "k"),
     "k is too large": ("matrix", {"k": ITEMS + 1}, "k"),
@@ -618,6 +620,75 @@ def test_what_is_no_request_at_all_is_refused(services):
     assert services["matrix"].ask("/health") == (200, {"status": "ok", "model": "matrix"})
 
 
+def test_a_refusal_is_short(services):
+    body = {"user_id": 5} | {f"field {n}": 1 for n in range(5000)}
+    status, answer = services["matrix"].ask("/recommend", body)
+    assert status == 422 and len(answer["detail"]) == 20
+
+
+def test_a_body_is_limited_whatever_its_headers_say(services):
+    body = b'{"user_id": 5, "k": 3}'
+    padded = body + b" " * ((1 << 20) - len(body))
+    assert services["matrix"].ask("/recommend", padded)[0] == 200
+    assert services["matrix"].ask("/recommend", padded + b" ")[0] == 413
+    for size, expected in ((len(padded), b" 200 "), (len(padded) + 1, b" 413 ")):
+        with socket.create_connection(("127.0.0.1", services["matrix"].port), timeout=30) as client:
+            head = "POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            client.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
+            for begin in range(0, size, 1 << 16):  # no content-length
+                part = (padded + b" ")[begin : min(size, begin + (1 << 16))]
+                client.sendall(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+            client.sendall(b"0\r\n\r\n")
+            assert expected in client.recv(1000).splitlines()[0]
+
+
+def test_metadata_is_what_was_read_at_the_start(copy):
+    service = Service(copy)
+    try:
+        before = service.ask("/metadata")
+        (copy / "metadata.json").write_text("{}")
+        assert before[0] == 200 and service.ask("/metadata") == before
+    finally:
+        service.stop()
+
+
+def test_a_number_that_float32_has_not_is_refused(models):
+    import service
+    from pydantic import ValidationError
+
+    recommender = service.Recommender(models / "matrix")
+    user = recommender.users[0]
+    number = user.model_copy(update={"name": "age", "kind": "number", "dtype": "float32"})
+    recommender.users = [user, number]
+    wanted = service.request_model(recommender)
+    assert wanted(user_id=5, age=3.4e38).age == 3.4e38
+    for age in (1e39, -1e39, float("inf"), float("nan"), "3"):
+        with pytest.raises(ValidationError) as error:
+            wanted(user_id=5, age=age)
+        assert [each["loc"] for each in error.value.errors()] == [("age",)]
+
+
+def test_the_service_gives_all_items_where_the_index_finds_fewer(models, monkeypatch):
+    import service
+
+    recommender = service.Recommender(models / "matrix")
+    search = recommender.index.search
+
+    class Few:
+        ndim = recommender.index.ndim
+
+        def __len__(self):
+            return ITEMS
+
+        def search(self, users, k):
+            return search(users, k // 2)
+
+    everything = [each.item_id for each in recommender.recommend({"user_id": 0}, ITEMS, [], exact=True)]
+    recommender.index = Few()
+    assert [each.item_id for each in recommender.recommend({"user_id": 0}, ITEMS, [])] == everything
+    assert len(set(everything)) == ITEMS
+
+
 def test_the_service_has_no_tensorflow_and_logs_no_body(models):
     service = Service(models / "matrix")
     for user in (987654321, "987654321x"):
@@ -639,3 +710,46 @@ def test_the_service_refuses_a_model_that_gives_other_numbers(copy):
     rewrite(copy, off_by(3e-5, "user_embedding"))
     done = run([sys.executable, ROOT / "serving/service.py"], copy, "--port", "0")
     assert done.returncode == 1 and "golden user 0: the embedding differs by" in done.stderr
+
+
+def other_rows(content, golden):
+    golden["user_embedding"]["rows"]["user_index"][1] += 1
+
+
+def another_length(content, golden):
+    for values in golden["recommend"]["outputs"].values():
+        values[3].pop()
+
+
+def no_golden(content, golden):
+    content["golden"] = []
+
+
+def golden_of_nobody(content, golden):
+    for part in ("inputs", "outputs"):
+        golden["recommend"][part] |= {name: [] for name in golden["recommend"][part] if name != "k"}
+
+
+def fewer_vectors(content, golden):
+    content["items"]["vectors"]["shape"][0] -= 1
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (other_rows, "golden user 1: user_index becomes 200, expected 201"),
+        (off_by(3e-5, "recommend"), "golden user 0: the score differs by"),
+        (another_item, "golden user 1: the score of item .* differs by"),
+        (another_length, "golden user 3: 10 items, expected 9"),
+        (no_golden, "no golden vectors of recommend"),
+        (golden_of_nobody, "no golden vectors of recommend"),
+        (fewer_vectors, r"are \[400, 399, 400\], expected the same"),
+    ],
+    ids=["rows", "score", "item", "fewer items", "no golden", "empty golden", "vectors"],
+)
+def test_the_service_refuses_what_golden_vectors_do_not_bear_out(change, expected, copy):
+    import service
+
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match=expected):
+        service.Recommender(copy)
