@@ -180,7 +180,7 @@ pd.DataFrame(runs.table(folder / "runs" / "train")).round(4)
 # `export` takes the last checkpoint of a run, with early stopping the best, and writes a folder. Whoever has it needs nothing else: no checkpoint, no
 # vocabulary table, no line of this project.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 metric = settings.evaluation.metric
 better = max(first, second, key=lambda run: run.metrics["validation"][metric])
 model = runs.export(better.folder)
