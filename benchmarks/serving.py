@@ -39,7 +39,6 @@ MODEL, USERS = KEPT / "model", KEPT / "users.f32"
 PARTS = ("model", "golden", "search", "service", "memory")
 CHUNKS, DIM, BATCH, EPOCHS, RATE = 48, 63, 1024, 2, 0.005  # 4,096 users a chunk
 K, ASKED, ROUNDS, IN_A_ROUND = 100, 1000, 7, 100
-NEIGHBOURS = 16, 64  # connectivity, expansion_add: built in 7 minutes, and enough here
 EXPANSIONS = (64, 128, 256, 512)
 SERVED = 10  # items in an answer
 LOADS = {  # case -> options of the service, connections, requests in a round
@@ -122,7 +121,6 @@ def export(model, metrics: dict, asked: np.ndarray) -> None:
     path = MODEL / artifact.METADATA
     content = json.loads(path.read_text(encoding="utf-8"))
     vectors = np.memmap(MODEL / "items/vectors.f32", "<f4", "r", shape=tuple(content["items"]["vectors"]["shape"]))
-    item_index.CONNECTIVITY, item_index.EXPANSION_ADD = NEIGHBOURS
     about = item_index.build(MODEL / "items/index.usearch", vectors, users, K, threads=os.cpu_count())
     built = time.perf_counter() - start
     content["items"]["index"] = {"file": "items/index.usearch"} | about

@@ -158,8 +158,9 @@ print("another folder, the same metrics to the last bit:", same)
 
 # %%
 second = runs.train(settings.override(f"model.embedding_dim={CHANGED_DIM}"), **where)
-compared = pd.DataFrame(runs.compared(first.folder, second.folder)).set_index("name")
-compared.filter(regex="^[a-z]+[.]|NDCG|coverage", axis=0).round(3)
+compared = pd.DataFrame(runs.compared(first.folder, second.folder), dtype=object).set_index("name")
+compared = compared.filter(regex="^[a-z]+[.]|NDCG|coverage", axis=0)
+compared.map(lambda value: round(value, 3) if isinstance(value, float) else value)
 
 # %%
 runs.curves([first.folder, second.folder])
@@ -288,7 +289,7 @@ ways[["value", "min", "max"]].set_axis(["ms", "from", "to"], axis=1).round(2)
 # %%
 dial = measured[measured.index.str.contains("expansion_search")]["value"]
 dial.index = pd.MultiIndex.from_tuples(dial.index.str.split(", expansion_search ").map(tuple))
-dial.unstack(0).sort_index(key=lambda number: number.astype(int)).round(3)
+dial.unstack(0).sort_index(key=lambda number: number.astype(int)).round(4)
 
 # %% [markdown]
 # And ten million users, rows of 32 numbers, 1.28 GB? How many times the table is in memory at most while it is made,

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-CONNECTIVITY, EXPANSION_ADD = 32, 128  # neighbours of an item, and candidates for them
+CONNECTIVITY, EXPANSION_ADD = 16, 64  # neighbours of an item, and candidates for them; enough for a million items
 SEARCHES = (64, 128, 256, 512, 1024, 2048)  # expansion_search that are tried
 BLOCK = 1 << 16  # items whose scores are in memory at once
 
@@ -73,7 +73,6 @@ def build(
     Returns:
       What artifact.Index has, but the file.
     """
-
     k, best = min(k, len(vectors)), {}
     right, _ = exact(vectors, users, k)
     for lengthened in (False, True):

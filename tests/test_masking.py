@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import string
+import time
 
 import execution
 import nbformat
@@ -106,6 +107,16 @@ def test_the_log_and_the_results_of_a_run_are_masked(tmp_path):
     runs._written(tmp_path, {"state": "failed", "error": GOOGLE_KEY})
     assert json.loads((tmp_path / "run.json").read_text())["error"] == "[masked: Google API key]"
     assert logging.getLogger("recsys_common").handlers == []
+
+
+def test_code_with_empty_quotes_stays_and_long_lines_take_no_time():
+    for text in ('def f(password: str = "", project: str = "x"):', 'PASSWORD = ""  # see "doctor"', "{'token': ''}"):
+        assert masked(text) == text
+    assert masked("run --api-key abcdef123456") == "run --api-key [masked: api-key]"
+    start = time.perf_counter()
+    for text in ("-" * 20_000, "--a" * 7000, "password " * 3000, "token=" * 3000):
+        masked(text)
+    assert time.perf_counter() - start < 1  # one of them took half a minute
 
 
 CHAPTER = """\

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -107,9 +108,9 @@ def test_who_is_asked_for_what_and_what_they_had_seen(made, parts, part, before)
 
     taken = defaultdict(list)
     for name in before:
-        for user, item, time, rating in parts[name]:
+        for user, item, when, rating in parts[name]:
             if users.get(user, 0) in chosen:
-                taken[users[user]].append((time, item, rating))
+                taken[users[user]].append((when, item, rating))
     histories = {user: [max(items.get(row[1], 0), 0) for row in sorted(rows)][-LENGTH:] for user, rows in taken.items()}
     found = {user: [item if item >= 2 else 0 for item in row] for user, row in made.histories(part).items()}
     assert found == histories and max(map(len, found.values())) == LENGTH
@@ -159,6 +160,20 @@ def test_made_twice_it_has_the_same_content_and_what_was_half_made_is_not_taken_
     assert json.loads((tmp_path / "half" / "data.json").read_text()) == again.about
     for one, other in zip(again.pairs("test"), made.pairs("test"), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_tables_that_somebody_else_replaces_meanwhile_are_noticed(tmp_path, monkeypatch):
+    convert = preparing.conversion.convert
+
+    def meanwhile(folder, source, columns):
+        time.sleep(0.01)  # times of tables have milliseconds
+        source.warehouse.query("CREATE OR REPLACE TABLE item_vocabulary AS SELECT * FROM item_vocabulary")
+        return convert(folder, source, columns)
+
+    monkeypatch.setattr(preparing.conversion, "convert", meanwhile)
+    with pytest.raises(RuntimeError, match="item_vocabulary was replaced meanwhile"):
+        prepare(CONFIG, tmp_path)
+    assert not (tmp_path / "data.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from recsys_common import __main__ as program
-from recsys_common import artifact, checkpoints, evaluation, prepare, runs
+from recsys_common import artifact, checkpoints, evaluation, prepare, runs, training
 from recsys_common.config import Config
 
 SETTINGS = [
@@ -336,6 +336,31 @@ def test_nothing_of_the_folder_is_run_unless_it_is_asked_for(tmp_path):
         (tmp_path / name).unlink()
     done = call("recsys_common.config", "--allow-own-code", "check", "evil.yaml")
     assert "lacks a class Parameters" in done.stderr and (tmp_path / "has_run").exists()
+
+
+def test_the_first_ctrl_c_asks_for_a_checkpoint_and_the_next_one_ends():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with training._sigterm() as asked:
+            program._interrupted()
+            assert asked == [True] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt):  # nobody listens to SIGTERM, which would end the process without a word
+            program._interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_others_raise_is_masked_too(monkeypatch, capsys):
+    class Others(Exception):
+        pass
+
+    def fails(given):
+        raise Others("password=hunter2hunter2")
+
+    monkeypatch.setitem(program.COMMANDS, "runs", ("", [], fails))
+    assert program.main(["runs"]) == 1
+    told = capsys.readouterr().err
+    assert "Others: password=[masked: password]" in told and "hunter2hunter2" not in told
 
 
 # Tracking ----------------------------------------------------------------------------------------------

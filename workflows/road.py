@@ -124,10 +124,14 @@ def road(settings: str, home: str, day: datetime.datetime, project: str = "", lo
 
 
 # For a cluster: `home` has to be a bucket, gs://..., since what a container writes to its own disk goes with it, and
-# `settings` has to name your table. Both are asked for when the plan is activated.
+# `settings` and `project` are yours to write here before it is registered.
 nightly = LaunchPlan.get_or_create(
     road,
     "nightly",
-    default_inputs={"settings": "data: {dataset: project.dataset.ratings}", "home": "gs://bucket/nightly"},
+    default_inputs={
+        "settings": "data: {dataset: project.dataset.ratings}",
+        "home": "gs://bucket/nightly",
+        "project": "project",
+    },
     schedule=CronSchedule(schedule="0 4 * * *", kickoff_time_input_arg="day"),
 )
