@@ -1,13 +1,14 @@
-"""What can be done from a shell? Prepare data, train, list and compare runs, export a model.
+"""What can be done from a shell? Prepare data, train, list and compare runs, export a model, evaluate any model.
 
     python -m recsys_common train                                     # the defaults
     python -m recsys_common train run.yaml --set training.epochs=8    # a file says what differs from the defaults
     python -m recsys_common runs --compare matrix_factorization-1 matrix_factorization-2 --plot curves.png
     python -m recsys_common export runs/train/<name>
+    python -m recsys_common evaluate --model ease --train train.txt --test test.txt --k 10 20 --set model.l2=500
 
-Each command says more with --help. A faulty config ends with what is wrong with it and exit code 2, other faults with
-1, a run that was asked to stop, by SIGTERM or Ctrl-C, with 143 or 130; the same command then goes on. Nothing is
-imported from the current folder, and no architecture but those of this package, unless `--allow-own-code` is given: a
+Each command says more with --help. A faulty config, or file that is to be evaluated, ends with what is wrong with it and
+exit code 2, other faults with 1, a run that was asked to stop, by SIGTERM or Ctrl-C, with 143 or 130; the same command
+then goes on. Nothing is imported from the current folder, and no architecture but those of this package, unless `--allow-own-code` is given: a
 config names the module of its architecture, and a config may come from anybody.
 
 Needs: config_commands.py runs.py prepare.py and what they need; tracking.py (for `runs --mlflow`)
@@ -27,7 +28,7 @@ OWN_CODE = "--allow-own-code"
 
 
 class FaultyConfig(ValueError):
-    """What is wrong with the config."""
+    """What is wrong with the config, or with what else was given."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,6 +152,15 @@ def _export(given) -> int:
     return 0
 
 
+def _evaluate(given) -> int:
+    from recsys_common import evaluate_command
+
+    try:
+        return evaluate_command.command(given)
+    except (ValueError, OSError) as error:
+        raise FaultyConfig(str(error)) from None
+
+
 def _named(folder: str, name: str) -> Path:
     """The folder of a run that is called by its name, by the beginning of it or of its hash, or by its path."""
     if (Path(name) / "run.json").is_file():
@@ -210,11 +220,18 @@ def _of_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(OWN_CODE, dest="own_code", action="store_true", help="the config may name a module of yours")
 
 
+def _of_evaluate(command: argparse.ArgumentParser) -> None:
+    from recsys_common import evaluate_command
+
+    evaluate_command.options(command)
+
+
 COMMANDS = {  # name -> purpose, options, function
     "prepare": ("make the data of a config: load, split, number, convert", [_of_config, _of_places], _prepare),
     "train": ("train as a config says, or go on with it", [_of_config, _of_places, _of_train], _train),
     "runs": ("list runs, compare two, plot their curves", [_of_runs], _runs),
     "export": ("write the model of a run, for other programs", [_of_export], _export),
+    "evaluate": ("fit a model to plain files or a data set, and rank", [_of_evaluate], _evaluate),
 }
 
 if __name__ == "__main__":

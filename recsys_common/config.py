@@ -44,13 +44,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
 
-from recsys_common.declared_features import KINDS, Declared, History, Name, NotNegative, Rows, Section, field
+from recsys_common.declared_features import KINDS, Declared, History, Name, NotNegative, Positive, Rows, Section, field
 from recsys_common.masking import masked
 from recsys_common.plain_yaml import read, written
 
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
 Metric = Annotated[str, Field(pattern=r"^((NDCG|HR|recall)@[1-9][0-9]{0,8}|MRR)$")]
 
 

@@ -66,7 +66,7 @@ def test_mrr_looks_at_the_whole_ranking():
 
 def test_ranks_and_lists_by_hand():
     test = pairs((9, [2, 0, 4]), (3, [5]))
-    ranks, users, shown = rank(by_id(6), *test, *pairs((9, [5, 3]), (4, [5])), num_items=6, k=2)
+    ranks, users, _, shown, _ = rank(by_id(6), *test, *pairs((9, [5, 3]), (4, [5])), num_items=6, k=2)
     assert users.tolist() == [3, 9, 9, 9]
     assert ranks.tolist() == [1, 2, 1, math.inf]  # item 5 of user 3; items 2, 4 and 0 of user 9
     assert shown.tolist() == [[5, 4], [4, 2]]
@@ -105,7 +105,7 @@ def slowly(score, test, seen, num_items, k, tie_order):
 
 def tie_order_of(num_items):
     """The order that items of equal score get, read from outside."""
-    return rank(constant(num_items), [0], [1], *NONE, num_items, num_items)[2][0].tolist()
+    return rank(constant(num_items), [0], [1], *NONE, num_items, num_items).shown[0].tolist()
 
 
 @st.composite
@@ -132,7 +132,7 @@ def test_it_agrees_with_the_definitions(case, k, block):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "BLOCK", block)
-        got_ranks, got_users, shown = rank(scores, *columns, num_items, k)
+        got_ranks, got_users, _, shown, _ = rank(scores, *columns, num_items, k)
         result = evaluate(scores, *columns, num_items, k)
     assert got_users.tolist() == [user for user, _ in asked]
     assert got_ranks.tolist() == ranks
@@ -149,7 +149,7 @@ def test_the_list_and_the_ranks_agree(monkeypatch):
     table = random.normal(size=(1000, num_items)).round(1)  # some scores equal
     test = np.unique(np.stack([random.choice(users, 400), random.integers(1, num_items, 400)]), axis=1)
     seen = np.stack([random.integers(0, 1000, 6000), random.integers(0, num_items, 6000)])
-    ranks, rank_users, shown = rank(lambda block: table[block], *test, *seen, num_items, k)
+    ranks, rank_users, _, shown, _ = rank(lambda block: table[block], *test, *seen, num_items, k)
     pairs_seen = set(map(tuple, seen.T.tolist()))
     asked = [pair for pair in test.T.tolist() if tuple(pair) not in pairs_seen]
     lists = dict(zip(np.unique(test[0]).tolist(), shown.tolist(), strict=True))
@@ -187,11 +187,11 @@ def test_equal_scores_have_one_order_whoever_is_asked(monkeypatch):
     def ask(users):
         return rank(constant(50), users, np.full(len(users), 7), *NONE, 50, 5)
 
-    ranks, _, shown = ask(np.arange(10))
+    ranks, _, _, shown, _ = ask(np.arange(10))
     assert (ranks == ranks[0]).all() and (shown == shown[0]).all()
-    again_ranks, _, again = ask(np.array([3, 700]))
+    again_ranks, _, _, again, _ = ask(np.array([3, 700]))
     monkeypatch.setattr(evaluation, "BLOCK", 2)
-    blocks_ranks, _, blocks = ask(np.arange(10))
+    blocks_ranks, _, _, blocks, _ = ask(np.arange(10))
     np.testing.assert_array_equal(again_ranks, ranks[:2])
     np.testing.assert_array_equal(again, shown[:2])
     np.testing.assert_array_equal(blocks_ranks, ranks)
@@ -209,7 +209,7 @@ def test_seen_items_are_never_shown(monkeypatch, block):
     strangers = np.array([0, 1, 4, 8, 39, 42, 999, 1001, 4999, 9000])  # have seen items, are not in the test
     seen_users = random.choice(np.concatenate([users, strangers]), 300)
     seen_items = random.integers(0, 30, 300)  # 0 occurs: an item outside the vocabulary was seen
-    _, _, shown = rank(by_id(30), users, np.zeros(len(users)), seen_users, seen_items, 30, 8)
+    _, _, _, shown, _ = rank(by_id(30), users, np.zeros(len(users)), seen_users, seen_items, 30, 8)
     for user, items in zip(users, shown.tolist(), strict=True):
         unseen = sorted(set(range(1, 30)) - set(seen_items[seen_users == user].tolist()), reverse=True)
         assert items == unseen[:8]
@@ -233,7 +233,7 @@ def test_an_unknown_item_is_a_miss_and_is_never_shown():
         table[:, 0] = 99  # row 0 may have any score
         return table
 
-    ranks, _, shown = rank(scores, *pairs((1, [0, 0, 3])), *NONE, 4, 10)
+    ranks, _, _, shown, _ = rank(scores, *pairs((1, [0, 0, 3])), *NONE, 4, 10)
     assert ranks.tolist() == [1, math.inf, math.inf]
     assert shown.tolist() == [[3, 2, 1]]
     result = evaluate(scores, *pairs((1, [0, 0, 3])), *NONE, 4, 10)
@@ -261,14 +261,14 @@ def test_a_pair_that_occurs_twice_in_the_test_counts_once():
 def test_a_pair_that_was_seen_is_not_asked_for():
     # User 0 asks for the item 5 again: it is left out, and the 1 stays. User 1 asks for nothing else: not counted.
     test, seen = pairs((0, [5, 1]), (1, [4]), (2, [2])), pairs((0, [5]), (1, [4]))
-    ranks, users, _ = rank(by_id(6), *test, *seen, 6, 2)
+    ranks, users, *_ = rank(by_id(6), *test, *seen, 6, 2)
     assert (users.tolist(), ranks.tolist()) == ([0, 2], [4, 4])
     result = evaluate(by_id(6), *test, *seen, 6, 2)
     assert (result["users"], result["recall@2"], result["MRR"]) == (2, 0, 1 / 4)
 
 
 def test_k_above_the_number_of_items():
-    ranks, _, shown = rank(by_id(4), *pairs((0, [1])), *NONE, 4, 100)
+    ranks, _, _, shown, _ = rank(by_id(4), *pairs((0, [1])), *NONE, 4, 100)
     assert (ranks.tolist(), shown.tolist()) == ([3], [[3, 2, 1]])
     result = evaluate(by_id(4), *pairs((0, [1])), *NONE, 4, 100)
     assert (result["HR@100"], result["NDCG@100"], result["coverage@100"]) == (1, 1 / 2, 1)
@@ -276,7 +276,7 @@ def test_k_above_the_number_of_items():
 
 def test_who_has_seen_everything_is_shown_nothing():
     test, seen = pairs((0, [0]), (1, [0]), (2, [3])), pairs((0, [1, 2, 3]), (1, [2, 3]))
-    _, _, shown = rank(by_id(4), *test, *seen, 4, 2)
+    _, _, _, shown, _ = rank(by_id(4), *test, *seen, 4, 2)
     assert shown.tolist() == [[0, 0], [1, 0], [3, 2]]
     assert evaluate(by_id(4), *test, *seen, 4, 2)["coverage@2"] == 1
     assert evaluate(by_id(4), *pairs((0, [0]), (1, [0])), *seen, 4, 2)["coverage@2"] == 1 / 3  # the 0s are no item
@@ -286,7 +286,7 @@ def test_an_item_that_the_model_rules_out_has_no_rank():
     def scores(users):
         return np.tile(np.array([0, -np.inf, 1, -np.inf], np.float32), (len(users), 1))
 
-    ranks, _, shown = rank(scores, *pairs((0, [1, 2, 3])), *NONE, 4, 3)
+    ranks, _, _, shown, _ = rank(scores, *pairs((0, [1, 2, 3])), *NONE, 4, 3)
     assert (ranks.tolist(), shown.tolist()) == ([math.inf, 1, math.inf], [[2, 0, 0]])
 
 
