@@ -6,12 +6,12 @@
     python -m recsys_common export runs/train/<name>
     python -m recsys_common evaluate --model ease --train train.txt --test test.txt --k 10 20 --set model.l2=500
 
-Each command says more with --help. A faulty config, or file that is to be evaluated, ends with what is wrong with it and
-exit code 2, other faults with 1, a run that was asked to stop, by SIGTERM or Ctrl-C, with 143 or 130; the same command
-then goes on. Nothing is imported from the current folder, and no architecture but those of this package, unless `--allow-own-code` is given: a
-config names the module of its architecture, and a config may come from anybody.
+Each command says more with --help. A faulty config, or file that is to be evaluated, ends with what is wrong with it
+and exit code 2, other faults with 1, a run that was asked to stop, by SIGTERM or Ctrl-C, with 143 or 130; the same
+command then goes on. Nothing is imported from the current folder, and no architecture but those of this package, unless
+`--allow-own-code` is given: a config names the module of its architecture, and a config may come from anybody.
 
-Needs: config_commands.py runs.py prepare.py and what they need; tracking.py (for `runs --mlflow`)
+Needs: config_commands.py runs.py prepare.py evaluate_command.py and what they need; tracking.py (for `runs --mlflow`)
 """
 
 from __future__ import annotations

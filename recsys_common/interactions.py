@@ -47,7 +47,7 @@ class Interactions:
         Raises:
           ValueError: a row or an item out of range; arrays of several lengths.
         """
-        users, items = np.asarray(users), np.asarray(items, np.int32)
+        users, items = np.asarray(users, np.int64), np.asarray(items, np.int32)
         if {len(each) for each in (users, values, times) if each is not None} != {len(items)}:
             raise ValueError(f"{len(users)} users, {len(items)} items: expected as many of one as of the other")
         for name, rows, low, high in (("users", users, 0, num_users), ("items", items, 1, num_items)):
@@ -100,7 +100,8 @@ class Interactions:
         from scipy import sparse
 
         data = self.values if values else np.ones(len(self), np.float32)
-        made = sparse.csr_matrix((data, self.items, self.offsets), (self.num_users, self.num_items))
+        shape = (self.num_users, self.num_items)
+        made = sparse.csr_matrix((data, self.items, self.offsets), shape, copy=True)  # sorted in place below
         made.sum_duplicates()
         if not values:
             made.data[:] = 1
