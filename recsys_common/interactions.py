@@ -6,7 +6,7 @@
     data.history(7)                                         # items of row 7, in order
 
 Models of chapter 7 fit this; a hundred million interactions are .4 GB. Item 0 stands for none, as in the tables of
-the other chapters: no user has it, and it is never recommended.
+the other chapters: it is never recommended, and in a test it is an item that training does not know.
 
 Needs: nothing else.
 """
@@ -28,7 +28,7 @@ class Interactions:
 
     Attributes:
       offsets: int64 [num_users + 1]; the history of row u is items[offsets[u]:offsets[u + 1]].
-      items: int32 [N], 1 to num_items - 1, in order of time where there is one.
+      items: int32 [N], 1 to num_items - 1 (in a test 0, too), in order of time where there is one.
       num_items: items, with item 0, which is none.
       values: float32 [N], the ratings; None where there are none.
       times: int64 [N], seconds since 1970; None where there is no clock.
@@ -50,7 +50,7 @@ class Interactions:
         users, items = np.asarray(users, np.int64), np.asarray(items, np.int32)
         if {len(each) for each in (users, values, times) if each is not None} != {len(items)}:
             raise ValueError(f"{len(users)} users, {len(items)} items: expected as many of one as of the other")
-        for name, rows, low, high in (("users", users, 0, num_users), ("items", items, 1, num_items)):
+        for name, rows, low, high in (("users", users, 0, num_users), ("items", items, 0, num_items)):
             if len(rows) and not low <= rows.min() <= rows.max() < high:
                 raise ValueError(f"{name} has {rows.min()} to {rows.max()}, expected {low} to {high - 1}")
         order = np.argsort(users, kind="stable")

@@ -12,7 +12,7 @@ strong generalisation   some users are kept out of training altogether; the mode
                 asked for the others (Liang et al., "Variational Autoencoders for Collaborative Filtering", WWW 2018)
 given           training and test as they stand in two files
 
-Needs: interactions.py sql/temporal_split.sql sql/leave_last_out.sql
+Needs: interactions.py record_batches.py scale.py sql/temporal_split.sql sql/leave_last_out.sql
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from recsys_common.interactions import Interactions
 
 SPLITS = ("auto", "temporal", "leave-one-out")
 TRAIN_FRACTION = 0.8
+BYTES_A_ROW = 64  # of four columns, their order, and the sorted copies
 
 
 def split(warehouse, how: str, time: str, validation_fraction: float = 0.0) -> str:
@@ -199,6 +200,54 @@ def _parted(users, items, part, *times) -> dict[str, Split]:
     keep = (part == 0) | (part == earliest[pair])
     places = [keep & (part == each) for each in range(3)]
     return given(*(tuple(column[place] for column in (users, items, *times)) for place in places))
+
+
+def prepared(data) -> dict[str, Split]:
+    """The same of prepared data: what its record batches hold, and the pairs of its parts.
+
+    Ratings and times are there if the config has features of the columns rating and timestamp. Rows are those of the
+    tables of embeddings: user row 0 and item 0 are for ids that training does not know. Of many users only some are
+    asked, and only theirs is `seen`.
+
+    Args:
+      data: a `prepare.Prepared`.
+
+    Raises:
+      ValueError: the training rows do not fit in this machine's memory.
+    """
+    from recsys_common import record_batches, scale
+
+    rows, memory = min(data.train.rows, data.config.data.limit or data.train.rows), scale.machine()["memory_gb"]
+    if memory and rows * BYTES_A_ROW > memory * 2**30 / 2:
+        raise ValueError(
+            f"{data.folder}: {rows:,} training rows take {rows * BYTES_A_ROW / 2**30:.0f} GB while they are sorted, "
+            f"expected half of the {memory} GB of this machine at most. data.limit takes the first of them, which are "
+            "a random sample, as the files are."
+        )
+    there = data.config.record_columns()
+    names = ["user_index", "item_index", *(name for name in ("rating", "timestamp") if name in there)]
+    parts, read = [], 0
+    for batch in record_batches.read(data.train, names).as_numpy_iterator():
+        parts.append([batch[name][: rows - read] for name in names])
+        read += len(parts[-1][0])
+        if read >= rows:
+            break
+    columns = {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+    known = np.flatnonzero(columns["item_index"] > 0)
+    order = known[np.argsort(columns.get("timestamp", columns["user_index"])[known], kind="stable")]
+    users, items, ratings, times = (
+        columns[name][order] if name in columns else None
+        for name in ("user_index", "item_index", "rating", "timestamp")
+    )
+    user_ids, item_ids = (np.append(-1, data.vocabulary(side)) for side in ("user", "item"))
+    size, made = (len(user_ids), len(item_ids)), {}
+    train = Interactions.of_pairs(users, items, *size, ratings, times)
+    for part in ("validation", "test"):
+        asked_users, asked_items, seen_users, seen_items = data.pairs(part)
+        seen = Interactions.of_pairs(seen_users[seen_items > 0], seen_items[seen_items > 0], *size)
+        test = Interactions.of_pairs(asked_users, asked_items, *size)
+        made[part] = Split(train, seen, test, user_ids, item_ids)
+    return made
 
 
 # Ratings ------------------------------------------------------------------------------------------------

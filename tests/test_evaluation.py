@@ -120,8 +120,8 @@ def cases(draw):
 
 
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@hypothesis.given(case=cases(), k=st.integers(1, 12), block=st.integers(1, 4))
-def test_it_agrees_with_the_definitions(case, k, block):
+@hypothesis.given(case=cases(), k=st.integers(1, 12), block=st.integers(1, 4), sorted_from=st.integers(0, 3))
+def test_it_agrees_with_the_definitions(case, k, block, sorted_from):
     score, test, seen, num_items = case
     hypothesis.assume(any(item == 0 or (user, item) not in seen for user, item in test))
     columns = (*zip(*test, strict=True), *(zip(*seen, strict=True) if seen else NONE))
@@ -132,6 +132,7 @@ def test_it_agrees_with_the_definitions(case, k, block):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "BLOCK", block)
+        patch.setattr(evaluation, "SORTED_FROM", sorted_from)
         got_ranks, got_users, _, shown, _ = rank(scores, *columns, num_items, k)
         result = evaluate(scores, *columns, num_items, k)
     assert got_users.tolist() == [user for user, _ in asked]

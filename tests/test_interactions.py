@@ -101,8 +101,8 @@ def test_histories():
     ("pairs", "message"),
     [
         (([0, 4], [1, 1]), "users has 0 to 4, expected 0 to 3"),
-        (([0], [0]), "items has 0 to 0, expected 1 to 4"),
-        (([0], [5]), "items has 5 to 5, expected 1 to 4"),
+        (([0], [-1]), "items has -1 to -1, expected 0 to 4"),
+        (([0], [5]), "items has 5 to 5, expected 0 to 4"),
         (([0, 1], [1]), "2 users, 1 items"),
     ],
 )
