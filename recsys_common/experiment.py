@@ -28,7 +28,8 @@ from pydantic import ValidationError
 from recsys_common import evaluation, metrics
 from recsys_common.splits import RatingSplit, Split
 
-PATIENCE = 5  # passes without a better validation, after which a trial ends
+LOOKS = 15  # at validation in a trial, about
+PATIENCE = 3  # looks without a better validation, after which a trial ends
 
 
 def names() -> list[str]:
@@ -222,7 +223,8 @@ def tune(
     """Search the settings that the module's `SEARCH` names, with Optuna's tree-structured Parzen estimator.
 
     Every model has the same budget: so many trials, of which the first has the defaults. A model with passes is looked
-    at after each of them, and a trial ends after 5 without a better one; the best number of passes becomes a setting.
+    at up to 15 times in a trial, which ends after 3 looks without a better one; the best number of passes becomes a
+    setting.
 
     Args:
       name: of the model.
@@ -255,9 +257,12 @@ def tune(
     def objective(trial) -> float:
         settings = {path: _suggested(trial, path, bounds) for path, bounds in space.items()} if trial.number else {}
         settings = fixed | settings
-        values: list[float] = []
+        planned, epochs, values = _passes(name, settings, passes) if has_passes else 0, [], []
 
         def look(model, epoch: int) -> bool:
+            if epoch % -(-planned // LOOKS) and epoch != planned:
+                return False
+            epochs.append(epoch)
             values.append(value_of(model))
             best = int(np.argmin(values) if rating else np.argmax(values))
             return len(values) - 1 - best >= PATIENCE
@@ -266,7 +271,7 @@ def tune(
         model = fit(name, split, settings, seed, look if has_passes else None)
         if has_passes and values:
             best = int(np.argmin(values) if rating else np.argmax(values))
-            settings, value = settings | {passes: best + 1}, values[best]
+            settings, value = settings | {passes: epochs[best]}, values[best]
         else:
             value = value_of(model)
         rows.append({"settings": settings, "value": value, "seconds": round(time.perf_counter() - started, 2)})
@@ -278,6 +283,12 @@ def tune(
     study.optimize(objective, n_trials=trials if space else 1, show_progress_bar=progress)
     best = (min if rating else max)(rows, key=lambda row: row["value"])
     return Tuned(best["settings"], best["value"], metric, rows, seed)
+
+
+def _passes(name: str, settings: dict[str, Any], path: str) -> int:
+    """How many passes a model would make."""
+    checked = parameters(name, settings)
+    return checked.training.epochs if "." in path else checked.epochs
 
 
 def _suggested(trial, path: str, bounds):

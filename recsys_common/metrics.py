@@ -185,8 +185,8 @@ def sampled(ranking, seen: np.ndarray, negatives: int = 100, seed: int = 0):
     """The ranking that one gets against a random sample of items, as in papers of 2017 to 2020. It misleads.
 
     Among `negatives` items drawn without replacement from those that the user has not seen, the number of those above
-    the target is hypergeometric; nothing has to be scored again (Krichene & Rendle, KDD 2020, section 4). Other targets
-    of the same user are among the candidates.
+    the target is hypergeometric; nothing has to be scored again (Krichene & Rendle, KDD 2020, section 4). Each target
+    is a list of its own, as in those papers; other targets of the same user are among the candidates.
 
     Args:
       ranking: an `evaluation.Ranking` of exact ranks.
@@ -194,12 +194,12 @@ def sampled(ranking, seen: np.ndarray, negatives: int = 100, seed: int = 0):
       negatives: items that a target is compared with.
 
     Returns:
-      The `Ranking` with other ranks, for `per_user`. Its lists are the exact ones.
+      A `Ranking` for `per_user`, with a "user" for each target. Its lists are the exact ones.
     """
     others = ranking.num_items - 2 - seen[ranking.users]
     above = np.where(np.isinf(ranking.ranks), others, ranking.ranks - 1).astype(np.int64)
     drawn = np.random.default_rng(seed).hypergeometric(above, others - above, np.minimum(negatives, others))
-    return ranking._replace(ranks=1.0 + drawn)
+    return ranking._replace(ranks=1.0 + drawn, users=np.arange(len(drawn)))
 
 
 # Ratings and clicks -------------------------------------------------------------------------------------

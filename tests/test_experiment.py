@@ -150,7 +150,7 @@ def test_fixed_settings_stay(pairs):
 
 
 def test_a_model_with_passes_gets_the_best_number_of_them(pairs, monkeypatch):
-    # A stand-in whose quality is known: it grows up to the third pass and falls after it.
+    # A stand-in whose quality is known: it grows up to the fourth pass and falls after it.
     from recsys_common.models import popularity
 
     class Fake:
@@ -162,12 +162,15 @@ def test_a_model_with_passes_gets_the_best_number_of_them(pairs, monkeypatch):
         def scores(self, seen, rows):
             ideal = parts["validation"].test.rows(rows).matrix().toarray()
             noise = np.random.default_rng(self.epoch).random(ideal.shape)
-            return (ideal * max(0, 4 - abs(3 - self.epoch)) / 4 + noise).astype(np.float32)
+            return (ideal * max(0, 5 - abs(4 - self.epoch)) / 5 + noise).astype(np.float32)
 
     epochs_seen = []
 
+    class Settings(popularity.Parameters):
+        epochs: int = 30
+
     def fit(train, parameters, seed, after_epoch):
-        for epoch in range(1, 31):
+        for epoch in range(1, parameters.epochs + 1):
             epochs_seen.append(epoch)
             if after_epoch(Fake(epoch), epoch):
                 break
@@ -175,10 +178,13 @@ def test_a_model_with_passes_gets_the_best_number_of_them(pairs, monkeypatch):
 
     parts = splits.leave_one_out(*pairs)
     monkeypatch.setattr(popularity, "fit", fit)
-    monkeypatch.setattr(popularity.Parameters, "model_fields", popularity.Parameters.model_fields | {"epochs": None})
+    monkeypatch.setattr(popularity, "Parameters", Settings)
     tuned = experiment.tune("popularity", parts["validation"], trials=1)
-    assert tuned.settings["epochs"] == 3
-    assert max(epochs_seen) == 3 + experiment.PATIENCE
+    assert tuned.settings["epochs"] == 4  # looked at after 2, 4, 6, 8, 10: 4 is best
+    assert max(epochs_seen) == 4 + 2 * experiment.PATIENCE
+    Settings.model_fields["epochs"].default = 5
+    Settings.model_rebuild(force=True)
+    assert experiment.tune("popularity", parts["validation"], trials=1).settings["epochs"] == 4  # each one of few
 
 
 def test_a_table_of_users_refuses_strangers(pairs, monkeypatch):

@@ -164,6 +164,12 @@ def test_a_sample_prefers_the_model_that_is_worse():
     assert of_sample[1] > 3 * of_sample[0]
 
 
+def test_each_target_of_a_sample_is_a_list_of_its_own():
+    found = metrics.sampled(ranking_of([1, 2, 900], [4, 4, 4], num_items=1000), np.zeros(5, int))
+    assert len(np.unique(found.users)) == 3
+    assert metrics.per_user(found)["NDCG@10"].max() <= 1
+
+
 def test_an_item_that_cannot_be_shown_is_last_of_the_sample():
     found = metrics.sampled(ranking_of([math.inf], [0], num_items=500), np.array([10]), negatives=100)
     assert found.ranks.tolist() == [101]

@@ -226,13 +226,13 @@ def code_lines(path):
 
 
 def test_the_module_stays_small(tell):
-    """300 lines of code a file, and 9,000 for ten chapters, without models/ and datasets/ (readers, the simulator)."""
+    """300 lines of code a file, and 10,000 for ten chapters, without models/ and datasets/ (readers, the simulator)."""
     code = {str(path.relative_to(MODULE)): code_lines(path) for path in MODULE_FILES}
     counted = {name: lines for name, lines in code.items() if not name.startswith(("models/", "datasets/"))}
     raw = sum(len((MODULE / name).read_text(encoding="utf-8").splitlines()) for name in code if "models/" not in name)
     count = sum(counted.values())
-    tell(f"recsys_common: {count:,} lines of code without models/ and datasets/ (9,000 at most); {raw:,} lines in all")
-    assert 0 < count < 9_000
+    tell(f"recsys_common: {count:,} lines of code without models/ and datasets/ (10,000 at most); {raw:,} lines in all")
+    assert 0 < count < 10_000
     # Files that are copied alone: a format with its writer, reader and checks; a pipeline with all that orders it.
     most = {"record_batches.py": 450, "input_pipeline.py": 350}
     assert {name: lines for name, lines in code.items() if lines > most.get(name, 300)} == {}

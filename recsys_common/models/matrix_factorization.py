@@ -23,7 +23,9 @@ import tensorflow_recommenders as tfrs
 from pydantic import Field
 
 from recsys_common.config import Config, Model
-from recsys_common.embeddings import Embeddings, Table
+from recsys_common.embeddings import Embeddings, Table, write_rows
+
+SLICE = 1 << 16  # rows that are written at once
 
 
 class Parameters(Model):
@@ -85,6 +87,40 @@ class MatrixFactorization(tfrs.Model):
             # An item that training never saw is never in a batch; any positive number keeps the logarithm finite.
             self.sampling_probability = tf.constant(np.maximum(frequency, 1) / max(frequency.sum(), 1))
         self.task = tfrs.tasks.Retrieval(remove_accidental_hits=True)
+
+    @classmethod
+    def of_factors(cls, users: np.ndarray, items: np.ndarray, item_bias=None, **more) -> MatrixFactorization:
+        """The model of factors that something else has fitted, such as models/ials.py: so they leave (saving.py).
+
+            model = MatrixFactorization.of_factors(fitted.users, fitted.items)
+            saving.export("model", model, {"user_index": split.user_ids, "item_index": split.item_ids[1:]})
+
+        Args:
+          users: float32 [U, dim]; row r becomes row r + 1 of the table. Row 0, of unknown users, becomes their mean: it
+            scores an item as users do on average.
+          items: float32 [I, dim], of the rows that they have here; row 0 is of unknown items.
+          item_bias: float32 [I]; None for zeros.
+          **more: `user` and `item`, names of features.
+
+        Raises:
+          ValueError: shapes that do not fit together.
+        """
+        bias = np.zeros(len(items), np.float32) if item_bias is None else np.asarray(item_bias)
+        if (
+            np.ndim(users) != 2
+            or not len(users)
+            or np.shape(items)[1:] != users.shape[1:]
+            or bias.shape != items.shape[:1]
+        ):
+            found = f"users {np.shape(users)}, items {np.shape(items)}, item_bias {bias.shape}"
+            raise ValueError(f"found {found}; expected [U, dim], [I, dim] and [I], U of 1 or more")
+        model = cls(len(users) + 1, *items.shape, initial=0.0, **more)
+        write_rows(model.user_table, 0, users.mean(0, keepdims=True))
+        tables = (model.user_table, 1, users), (model.item_table, 0, items), (model.item_bias, 0, bias[:, None])
+        for table, first, rows in tables:
+            for begin in range(0, len(rows), SLICE):
+                write_rows(table, first + begin, rows[begin : begin + SLICE])
+        return model
 
     def users(self, users: tf.Tensor | dict[str, tf.Tensor]) -> tf.Tensor:
         """Int [B], or a dict that has it under the user's name -> [B, dim + 1]: p_u and a 1 that meets the bias."""
