@@ -66,7 +66,7 @@ check: .venv/installed  ## execute the committed notebooks and compare their out
 	@$(BOOK) check $(CHAPTER) $(FORCED)
 
 pytest: .venv/installed  ## the tests alone; they read the metrics that check leaves
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed  ## ruff's rules and format, chapters included
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .

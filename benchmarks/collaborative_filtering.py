@@ -64,12 +64,20 @@ ML_20M = [  # strong generalisation by the protocol of Liang et al.: others' res
 
 @functools.cache
 def parts_of(name: str, data_dir: str) -> dict[str, splits.Split]:
-    """The validation and test parts of a data set."""
+    """The validation and test parts of a data set; in time, of people who are in training, as in chapter 1."""
     if name == "ml-1m":
         return splits.leave_one_out(*interactions.read(f"{data_dir}/ml-1m/sasrec-ml-1m.txt"))
     tables = datasets.load(name, data_dir)
     users, items, _, times = (tables.ratings[column].to_numpy() for column in tables.ratings.column_names)
-    return splits.temporal(users, items, times)
+    found = splits.temporal(users, items, times)
+    return {part: dataclasses.replace(each, test=known(each)) for part, each in found.items()}
+
+
+def known(split: splits.Split) -> interactions.Interactions:
+    """What is asked of people who are in training."""
+    test = split.test
+    there = split.train.lengths[test.users] > 0
+    return interactions.Interactions.of_pairs(test.users[there], test.items[there], test.num_users, test.num_items)
 
 
 def protocol_of(name: str) -> str:

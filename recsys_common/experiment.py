@@ -29,6 +29,7 @@ from recsys_common import evaluation, metrics
 from recsys_common.splits import RatingSplit, Split
 
 LOOKS = 15  # at validation in a trial, about
+EPOCHS = 20  # in a trial of an architecture of the config, whose default is that of a first try
 PATIENCE = 3  # looks without a better validation, after which a trial ends
 
 
@@ -256,7 +257,7 @@ def tune(
 
     def objective(trial) -> float:
         settings = {path: _suggested(trial, path, bounds) for path, bounds in space.items()} if trial.number else {}
-        settings = fixed | settings
+        settings = ({passes: EPOCHS} if has_passes and "." in passes else {}) | fixed | settings
         planned, epochs, values = _passes(name, settings, passes) if has_passes else 0, [], []
 
         def look(model, epoch: int) -> bool:

@@ -66,11 +66,11 @@ def test_many_rows_are_dealt_out_to_files_and_none_is_lost(monkeypatch):
 
 def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items():
     users, items, asked = blocks()
-    settings = "training.epochs=12", "training.batch_size=160", "model.embedding_dim=16", "optimizer.learning_rate=0.03"
+    settings = "training.epochs=10", "training.batch_size=160", "model.embedding_dim=16", "optimizer.learning_rate=0.03"
     train = Interactions.of_pairs(users, items, 160, 101)
     rates = []
     model = fitted.fit(config(*settings), train, 1, lambda model, _: rates.append(hit_rate(model, train, asked)))
-    assert len(rates) == 12 and rates[0] < rates[-1] == hit_rate(model, train, asked)
+    assert len(rates) == 10 and rates[0] < rates[-1] == hit_rate(model, train, asked)
     assert rates[-1] == pytest.approx(10 / 13, abs=0.12)  # the list of 10 from the 13 items of the group that are left
     train, chance = Interactions.of_pairs(users, RNG(1).permutation(items), 160, 101), 10 / 88
     found = hit_rate(fitted.fit(config(*settings), train, 1), train, asked)
@@ -94,14 +94,12 @@ def test_one_seed_gives_one_model_and_after_epoch_may_end_it():
     users, items, _ = blocks()
     train, rows, epochs = Interactions.of_pairs(users, items, 160, 101), np.arange(160), []
 
-    def scores(seed):
+    def scores(*settings):
         stop = lambda model, epoch: epochs.append(epoch) or epoch == 2  # noqa: E731
-        return fitted.fit(config("training.epochs=9", "training.batch_size=256"), train, seed, stop).scores(train, rows)
+        return fitted.fit(config("training.epochs=9", *settings), train, 4, stop).scores(train, rows)
 
-    first, same, other = scores(4), scores(4), scores(5)
-    np.testing.assert_array_equal(first, same)
-    assert (first != other).mean() > 0.9
-    assert epochs == [1, 2] * 3
+    np.testing.assert_array_equal(scores(), scores("seed=9"))  # the argument, not the config, says the seed
+    assert epochs == [1, 2] * 2
 
 
 def test_a_history_is_what_the_user_was_seen_to_have():
@@ -120,28 +118,22 @@ def test_a_history_is_what_the_user_was_seen_to_have():
 def test_items_of_one_bucket_have_one_score_and_no_item_is_lost():
     users, items, _ = blocks()
     train = Interactions.of_pairs(users, items, 160, 101)
-    for buckets in (20, 101):  # 101: as many as there are items, but in another order
-        hashed = {"kind": "hash", "column": "item_index", "rows": buckets}
-        model = fitted.fit(config("training.epochs=1", item=hashed), train)
-        rows = np.asarray(model.config.transform()(
-            {"item_index": tf.range(101, dtype=tf.int64), "user_index": tf.zeros([101], tf.int32)}
-        )["item"])  # fmt: skip
-        found, of_bucket = model.scores(train, [3]), model.model.scores(np.array([4]))
-        assert of_bucket.shape == (1, buckets) and len(np.unique(rows)) < 101
-        np.testing.assert_array_equal(found, of_bucket[:, rows])
-        frequency = np.bincount(rows, train.frequency, buckets)
-        share = np.maximum(frequency, 1) / frequency.sum()
-        np.testing.assert_allclose(model.model.sampling_probability, share, rtol=1e-6)
+    # As many buckets as there are items, but in another order, and some items share one.
+    hashed = {"kind": "hash", "column": "item_index", "rows": 101}
+    model = fitted.fit(config("training.epochs=1", item=hashed), train)
+    raw = {"item_index": tf.range(101, dtype=tf.int64), "user_index": tf.zeros([101], tf.int32)}
+    rows = model.config.transform()(raw)["item"].numpy()
+    found, of_bucket = model.scores(train, [3]), model.model.scores(np.array([4]))
+    assert of_bucket.shape == (1, 101) and len(np.unique(rows)) < 101
+    np.testing.assert_array_equal(found, of_bucket[:, rows])
+    frequency = np.bincount(rows, train.frequency, 101)
+    np.testing.assert_allclose(model.model.sampling_probability, np.maximum(frequency, 1) / 1920, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("users", "items", "num_users", "num_items"),
-    [([0], [1], 1, 2), ([1, 1, 1], [2, 2, 2], 4, 6)],
-)
-def test_fewer_rows_than_a_batch_are_one_batch(users, items, num_users, num_items):
-    train = Interactions.of_pairs(users, items, num_users, num_items)
-    scores = fitted.fit(config("training.epochs=2"), train).scores(train, np.arange(num_users))
-    assert (scores.dtype, scores.shape) == (np.float32, (num_users, num_items)) and np.isfinite(scores).all()
+def test_fewer_rows_than_a_batch_are_one_batch():
+    train = Interactions.of_pairs([1, 1, 1], [2, 2, 2], 4, 6)
+    scores = fitted.fit(config("training.epochs=2"), train).scores(train, np.arange(4))
+    assert (scores.dtype, scores.shape) == (np.float32, (4, 6)) and np.isfinite(scores).all()
 
 
 def test_what_plain_interactions_do_not_have_is_refused():
@@ -212,8 +204,8 @@ def test_long_tables_of_factors_are_written_in_slices(monkeypatch):
 
 @pytest.mark.parametrize(
     ("users", "items", "bias"),
-    [((0, 3), (4, 3), (4,)), ((5,), (4, 3), (4,)), ((5, 3), (4, 2), (4,)), ((5, 3), (4, 3), (3,)), ((5, 3), (4, 3), (4, 1))],
-)  # fmt: skip
+    [((0, 3), (4, 3), 4), ((5,), (4, 3), 4), ((5, 3), (4, 2), 4), ((5, 3), (4, 3), 3), ((5, 3), (4, 3), (4, 1))],
+)
 def test_factors_that_do_not_fit_together_are_refused(users, items, bias):
     with pytest.raises(ValueError, match=r"expected \[U, dim\], \[I, dim\] and \[I\]"):
         MatrixFactorization.of_factors(np.zeros(users), np.zeros(items), np.zeros(bias))

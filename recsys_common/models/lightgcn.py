@@ -10,7 +10,8 @@ SIGIR 2020. A is the graph of users and items, D the number of each one's neighb
 
 Only E(0) is learned, by Adam. P is symmetric and linear, so the gradient of E(0) is P times that of E, which is as many
 multiplications as P E(0): two propagations a batch, whatever its size. That is why batches are large here, where the
-paper has 2,048, and the rate higher than its .001. (u, i) is drawn of all pairs, j of the items that u did not take.
+paper has 2,048, and the rate and l2 higher than its .001 and .0001. (u, i) is drawn of all pairs, where the authors'
+code draws u first, and j of the items that u did not take.
 
 Needs: bpr.py interactions.py declared_features.py
 """
@@ -32,7 +33,7 @@ class Parameters(Section):
 
     dim: Rows = field(64, "length of a row")
     layers: int = field(3, "K of (2); 0: matrix factorization", ge=0)
-    epochs: Rows = field(60, "passes; each draws as many triples as there are pairs")
+    epochs: Rows = field(100, "passes; each draws as many triples as there are pairs")
     batch_size: Rows = field(32_768, "triples in a batch")
     learning_rate: Positive = field(0.03, "of Adam")
     l2: NotNegative = field(5e-4, "of (4)")

@@ -36,6 +36,14 @@ class Parameters(Model):
     log_q: bool = Field(True, description="correct for the items' frequency, where it is known")
 
 
+SEARCH = {
+    "model.embedding_dim": [32, 64, 128],
+    "optimizer.learning_rate": (0.002, 0.05, "log"),
+    "optimizer.weight_decay": (0.01, 1.0, "log"),
+    "training.batch_size": [512, 2048, 8192],
+}
+
+
 def build(config: Config, frequency=None) -> MatrixFactorization:
     """The model of a config; `frequency`, training rows of each item, is for log Q.
 
