@@ -29,7 +29,7 @@ from recsys_common import evaluation, metrics
 from recsys_common.splits import RatingSplit, Split
 
 LOOKS = 15  # at validation in a trial, about
-EPOCHS = 20  # in a trial of an architecture of the config, whose default is that of a first try
+EPOCHS = 20  # of an architecture of the config, whose own default is that of a first try
 PATIENCE = 3  # looks without a better validation, after which a trial ends
 
 
@@ -66,7 +66,8 @@ def parameters(name: str, settings: dict[str, Any]):
         from recsys_common.config import Config
 
         changed = [f"{path}={'null' if value is None else value}" for path, value in settings.items()]
-        return Config(model={"architecture": name.replace("-", "_")}).override(*changed)
+        training = {"epochs": EPOCHS, "steps_per_execution": 20}  # nothing is logged between passes
+        return Config(model={"architecture": name.replace("-", "_")}, training=training).override(*changed)
     try:
         return its.Parameters(**settings)
     except ValidationError as error:
@@ -206,7 +207,7 @@ class Tuned:
       settings: those of the best trial, for `run`; with the number of passes that was best.
       value: the metric of the best trial, on the validation part.
       metric: its name; RMSE is better when lower, the others when higher.
-      trials: a row for each, in order: its settings, its value, its seconds.
+      trials: a row for each, in order: its settings, its value, its seconds; or, if it diverged, its "fault".
       seed: of the sampler, and of the models.
     """
 
@@ -236,7 +237,7 @@ def tune(
       seed: of the sampler, and of the models.
 
     Raises:
-      ValueError: no such model; settings that it does not have.
+      ValueError: no such model; settings that it does not have; all trials diverged.
     """
     import optuna
 
@@ -257,7 +258,7 @@ def tune(
 
     def objective(trial) -> float:
         settings = {path: _suggested(trial, path, bounds) for path, bounds in space.items()} if trial.number else {}
-        settings = ({passes: EPOCHS} if has_passes and "." in passes else {}) | fixed | settings
+        settings = fixed | settings
         planned, epochs, values = _passes(name, settings, passes) if has_passes else 0, [], []
 
         def look(model, epoch: int) -> bool:
@@ -269,7 +270,11 @@ def tune(
             return len(values) - 1 - best >= PATIENCE
 
         started = time.perf_counter()
-        model = fit(name, split, settings, seed, look if has_passes else None)
+        try:
+            model = fit(name, split, settings, seed, look if has_passes else None)
+        except FloatingPointError as error:  # it diverged: a trial like others, which cannot be the best
+            rows.append({"settings": settings, "value": None, "fault": str(error)})
+            raise optuna.TrialPruned from None
         if has_passes and values:
             best = int(np.argmin(values) if rating else np.argmax(values))
             settings, value = settings | {passes: epochs[best]}, values[best]
@@ -282,7 +287,10 @@ def tune(
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(direction="minimize" if rating else "maximize", sampler=sampler)
     study.optimize(objective, n_trials=trials if space else 1, show_progress_bar=progress)
-    best = (min if rating else max)(rows, key=lambda row: row["value"])
+    ended = [row for row in rows if row["value"] is not None]
+    if not ended:
+        raise ValueError(f"{name}: all {len(rows)} trials diverged; the last one: {rows[-1]['fault']}")
+    best = (min if rating else max)(ended, key=lambda row: row["value"])
     return Tuned(best["settings"], best["value"], metric, rows, seed)
 
 

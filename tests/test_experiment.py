@@ -187,6 +187,24 @@ def test_a_model_with_passes_gets_the_best_number_of_them(pairs, monkeypatch):
     assert experiment.tune("popularity", parts["validation"], trials=1).settings["epochs"] == 4  # each one of few
 
 
+def test_a_trial_that_diverges_is_not_the_best_and_is_told(pairs, monkeypatch):
+    from recsys_common.models import item_knn
+
+    fit = item_knn.fit
+
+    def failing(train, parameters, seed, after_epoch):
+        if parameters.neighbours != 200:
+            raise FloatingPointError("too fast")
+        return fit(train, parameters, seed, after_epoch)
+
+    monkeypatch.setattr(item_knn, "fit", failing)
+    validation = splits.leave_one_out(*pairs)["validation"]
+    tuned = experiment.tune("item-knn", validation, trials=4)
+    assert tuned.settings == {} and [row.get("fault") for row in tuned.trials] == [None, *["too fast"] * 3]
+    with pytest.raises(ValueError, match="item-knn: all 2 trials diverged; the last one: too fast"):
+        experiment.tune("item-knn", validation, trials=2, fixed={"neighbours": 7})
+
+
 def test_a_table_of_users_refuses_strangers(pairs, monkeypatch):
     from recsys_common.models import popularity
 

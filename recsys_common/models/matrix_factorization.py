@@ -38,9 +38,8 @@ class Parameters(Model):
 
 SEARCH = {
     "model.embedding_dim": [32, 64, 128],
-    "optimizer.learning_rate": (0.002, 0.05, "log"),
-    "optimizer.weight_decay": (0.01, 1.0, "log"),
-    "training.batch_size": [512, 2048, 8192],
+    "optimizer.learning_rate": (0.001, 0.03, "log"),
+    "optimizer.weight_decay": (0.01, 3.0, "log"),
 }
 
 
