@@ -101,7 +101,7 @@ tf.__version__
 # model = MatrixFactorization(num_users, num_items, DIM, frequency, seed=SEED)
 # model.compile(optimizer=tf.keras.optimizers.Adagrad(LEARNING_RATE))
 # losses = training.fit(model, batches, EPOCHS, steps, BATCH_SIZE)
-# ranks, ranked_users, shown = evaluation.rank(model.scores, *asked, *seen, num_items, K)
+# ranking = evaluation.rank(model.scores, *asked, *seen, num_items, K)
 # ```
 #
 # ## Ratings
@@ -314,10 +314,10 @@ axis.margins(x=0.15)
 # model puts in front of them, with a mark where they went on to watch it.
 
 # %%
-ranks, ranked_users, shown = evaluation.rank(model.scores, *asked, *seen, num_items, K)
-people, hits = np.unique(ranked_users[ranks <= K], return_counts=True)
+ranking = evaluation.rank(model.scores, *asked, *seen, num_items, K)
+people, hits = np.unique(ranking.users[ranking.ranks <= K], return_counts=True)
 person = int(people[np.argsort(hits, kind="stable")[len(hits) // 2]])
-recommended = shown[np.searchsorted(np.unique(asked[0]), person)].tolist()
+recommended = ranking.shown[np.searchsorted(np.unique(asked[0]), person)].tolist()
 vocabulary = warehouse.read("user_vocabulary", ["user_index", "user_id"]).sort_by("user_index")
 user_ids = vocabulary["user_id"].to_numpy()[-known_users:]  # index 1 first: those with index 0 lead
 liked = warehouse.run("liked.sql", user_id=int(user_ids[person - 1]), rows=K).to_pandas()

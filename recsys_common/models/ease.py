@@ -63,9 +63,10 @@ def fit(train: Interactions, parameters: Parameters = Parameters(), seed: int = 
     diagonal = P.diagonal().copy()
     for column in range(train.num_items - 1):  # the other triangle
         P[column, column + 1 :] = P[column + 1 :, column]
-    P /= -diagonal  # (2): column j by P_jj
-    P[np.diag_indices_from(P)] = 0
-    return Ease(P)
+    B = P.T  # the same, since it is symmetric, and its rows lie in one piece: a product with X would copy it else
+    B /= -diagonal  # (2): column j by P_jj
+    B[np.diag_indices_from(B)] = 0
+    return Ease(B)
 
 
 class Ease:
