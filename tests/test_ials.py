@@ -1,5 +1,8 @@
 """Does iALS solve its equations, by blocks as well as at once, and does it find what is there to be found?"""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -124,3 +127,14 @@ def test_hardly_any_data():
     assert np.isfinite(ials.fit(one, settings()).scores(one, [0])).all()
     nobody = Interactions.of_pairs([], [], 2, 4)
     assert (ials.fit(nobody, settings()).scores(nobody, [0, 1]) == 0).all()
+
+
+def test_the_blas_is_loaded_before_its_threads_are_limited():
+    code = (
+        "import threadpoolctl as t; from recsys_common.interactions import Interactions as I\n"
+        "from recsys_common.models import ials\n"
+        "def loaded(): return {each['filepath'] for each in t.threadpool_info()}\n"
+        "before = loaded(); ials.fit(I.of_pairs([0], [1], 1, 2), ials.Parameters(epochs=1)); print(loaded() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
+import scipy.linalg  # noqa: F401 - its BLAS is numba's; threadpool_limits reaches only what is loaded
 from threadpoolctl import threadpool_limits
 
 from recsys_common.declared_features import NotNegative, Positive, Rows, Section, field
