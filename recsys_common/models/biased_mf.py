@@ -33,6 +33,7 @@ from typing import Literal
 
 import numba
 import numpy as np
+import scipy.linalg  # noqa: F401 - its BLAS is numba's; threadpool_limits reaches only what is loaded
 
 from recsys_common.declared_features import Section, field
 from recsys_common.interactions import Interactions
