@@ -138,7 +138,7 @@ def _ranking_parts(given) -> tuple[str, list[dict]]:
         if times is not None:
             order = times.argsort(kind="stable")
             users, items, times = users[order], items[order], times[order]
-    protocol = given.protocol or ("temporal" if times is not None and given.dataset != "ml-1m" else "leave-one-out")
+    protocol = given.protocol or ("leave-one-out" if times is None else "temporal")
     if protocol == "temporal":
         if times is None:
             raise ValueError("--protocol temporal: these interactions have no clock; take leave-one-out")

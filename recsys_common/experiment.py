@@ -148,14 +148,18 @@ def run(
       "mae"; "users", who were asked, or "ratings"; "seconds" of fitting, "evaluation_seconds", and "memory_gb", the
       most that this process has taken so far.
     """
+    from tqdm import tqdm
+
     started = time.perf_counter()
-    with _shown(name, settings, progress) as told:
+    passes = _passes(name, settings or {})
+    with tqdm(total=passes, unit=" passes", desc=name, delay=2, disable=not (progress and passes)) as bar:
 
         def each_epoch(model, epoch: int) -> bool:
-            told(epoch)
+            bar.update(epoch - bar.n)
             return bool(after_epoch and after_epoch(model, epoch))
 
-        model = fit(name, split, settings, seed, each_epoch)
+        # A model that nobody looks at between passes is not put together there.
+        model = fit(name, split, settings, seed, each_epoch if progress or after_epoch else None)
     seconds = time.perf_counter() - started
     if isinstance(split, RatingSplit):
         found = metrics.rating_errors(model.ratings(split.users, split.items), split.ratings)
@@ -178,22 +182,6 @@ def run(
 
 
 _MAC = sys.platform == "darwin"  # where ru_maxrss is in bytes
-
-
-class _shown:
-    """A bar of passes on stderr, for a model that has passes."""
-
-    def __init__(self, name: str, settings: dict | None, progress: bool):
-        from tqdm import tqdm
-
-        total = (settings or {}).get("epochs", (settings or {}).get("training.epochs"))
-        self.bar = tqdm(total=total, unit=" passes", desc=name, delay=2, disable=not progress)
-
-    def __enter__(self):
-        return lambda epoch: self.bar.update(epoch - self.bar.n)
-
-    def __exit__(self, *_):
-        self.bar.close()
 
 
 # Looking for settings -----------------------------------------------------------------------------------
@@ -246,7 +234,7 @@ def tune(
     its = module(name)
     space = {path: bounds for path, bounds in getattr(its, "SEARCH", {}).items() if path not in fixed}
     passes = "training.epochs" if hasattr(its, "build") else "epochs"
-    has_passes = passes not in fixed and (hasattr(its, "build") or "epochs" in its.Parameters.model_fields)
+    has_passes = passes not in fixed and _passes(name, fixed) is not None
     rows: list[dict[str, Any]] = []
 
     def value_of(model) -> float:
@@ -259,7 +247,7 @@ def tune(
     def objective(trial) -> float:
         settings = {path: _suggested(trial, path, bounds) for path, bounds in space.items()} if trial.number else {}
         settings = fixed | settings
-        planned, epochs, values = _passes(name, settings, passes) if has_passes else 0, [], []
+        planned, epochs, values = _passes(name, settings) if has_passes else 0, [], []
 
         def look(model, epoch: int) -> bool:
             if epoch % -(-planned // LOOKS) and epoch != planned:
@@ -294,10 +282,10 @@ def tune(
     return Tuned(best["settings"], best["value"], metric, rows, seed)
 
 
-def _passes(name: str, settings: dict[str, Any], path: str) -> int:
-    """How many passes a model would make."""
+def _passes(name: str, settings: dict[str, Any]) -> int | None:
+    """How many passes a model would make; None if it makes none."""
     checked = parameters(name, settings)
-    return checked.training.epochs if "." in path else checked.epochs
+    return getattr(getattr(checked, "training", checked), "epochs", None)
 
 
 def _suggested(trial, path: str, bounds):

@@ -206,8 +206,8 @@ def prepared(data) -> dict[str, Split]:
     """The same of prepared data: what its record batches hold, and the pairs of its parts.
 
     Ratings and times are there if the config has features of the columns rating and timestamp. Rows are those of the
-    tables of embeddings: user row 0 and item 0 are for ids that training does not know. Of many users only some are
-    asked, and only theirs is `seen`.
+    tables of embeddings, but user row 0 and item 0 are for all ids that training does not know, also where
+    data.oov_buckets is more than 1. Of many users only some are asked, and only theirs is `seen`.
 
     Args:
       data: a `prepare.Prepared`.
@@ -233,6 +233,8 @@ def prepared(data) -> dict[str, Split]:
         if read >= rows:
             break
     columns = {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+    unknown = data.config.data.oov_buckets - 1  # the last row of theirs
+    columns |= {name: np.maximum(columns[name] - unknown, 0) for name in ("user_index", "item_index")}
     known = np.flatnonzero(columns["item_index"] > 0)
     order = known[np.argsort(columns.get("timestamp", columns["user_index"])[known], kind="stable")]
     users, items, ratings, times = (
@@ -243,7 +245,8 @@ def prepared(data) -> dict[str, Split]:
     size, made = (len(user_ids), len(item_ids)), {}
     train = Interactions.of_pairs(users, items, *size, ratings, times)
     for part in ("validation", "test"):
-        asked_users, asked_items, seen_users, seen_items = data.pairs(part)
+        pairs = (np.maximum(rows - unknown, 0) for rows in data.pairs(part))
+        asked_users, asked_items, seen_users, seen_items = pairs
         seen = Interactions.of_pairs(seen_users[seen_items > 0], seen_items[seen_items > 0], *size)
         test = Interactions.of_pairs(asked_users, asked_items, *size)
         made[part] = Split(train, seen, test, user_ids, item_ids)

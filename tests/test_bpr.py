@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from planted import hit_rate, taste_of_groups
 
-from recsys_common import evaluation
 from recsys_common.interactions import Interactions
 from recsys_common.models import bpr
 
@@ -86,22 +86,8 @@ def test_every_pair_is_marked():
     assert marks.mean() < 0.15  # or they would spare no search
 
 
-def blocks():
-    """400 users of 8 groups; each has 12 of their group's 25 items, and a 13th is asked for."""
-    random, group = RNG(0), np.arange(400) % 8
-    had = np.array([1 + own * 25 + random.permutation(25)[:13] for own in group])
-    return np.repeat(np.arange(400), 12), had[:, 1:].ravel(), had[:, 0]
-
-
-def hit_rate(model, train, asked):
-    found = evaluation.evaluate(
-        lambda rows: model.scores(train, rows), np.arange(400), asked, train.users, train.items, 201, k=10
-    )
-    return found["HR@10"]
-
-
 def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items():
-    users, items, asked = blocks()
+    users, items, asked = taste_of_groups(400, 8)
     train = Interactions.of_pairs(users, items, 400, 201)
     # The list of 10 from the 13 items of the group that are left: 10/13. From all 188 that are left: 10/188.
     assert hit_rate(fit(train, dim=16, epochs=30), train, asked) == pytest.approx(10 / 13, abs=0.09)
@@ -112,7 +98,7 @@ def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items():
 
 
 def test_one_seed_gives_one_model():
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(400, 8)
     train = Interactions.of_pairs(users, items, 400, 201)
     first, same, other = (copies(fit(train, seed, dim=8, epochs=3)) for seed in (4, 4, 5))
     for table, again, different in zip(first, same, other, strict=True):

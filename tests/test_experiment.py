@@ -1,6 +1,7 @@
 """Is a model evaluated and tuned on what it should be, from Python and from the command line?"""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -114,8 +115,6 @@ def test_faults_end_with_2_and_a_message(files, monkeypatch, capsys, arguments, 
     assert main(["evaluate", *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    import re
-
     assert re.search(message, shown.err), shown.err
 
 

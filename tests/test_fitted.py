@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from planted import hit_rate, taste_of_groups
 
-from recsys_common import evaluation, fitted, saving
+from recsys_common import fitted, saving
 from recsys_common.config import Config
 from recsys_common.interactions import Interactions
 from recsys_common.models import bpr
@@ -18,20 +19,6 @@ INDEX = {name: {"kind": "index", "column": f"{name}_index"} for name in ("user",
 def config(*settings, architecture="matrix_factorization", **features):
     made = Config(model={"architecture": architecture}, features=INDEX | features)
     return made.override("training.steps_per_execution=7", *settings)
-
-
-def blocks():
-    """160 users of 4 groups; each has 12 of their group's 25 items, and a 13th is asked for."""
-    random, group = RNG(0), np.arange(160) % 4
-    had = np.array([1 + own * 25 + random.permutation(25)[:13] for own in group])
-    return np.repeat(np.arange(160), 12), had[:, 1:].ravel(), had[:, 0]
-
-
-def hit_rate(model, train, asked):
-    found = evaluation.evaluate(
-        lambda rows: model.scores(train, rows), np.arange(160), asked, train.users, train.items, 101, k=10
-    )
-    return found["HR@10"]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -65,7 +52,7 @@ def test_many_rows_are_dealt_out_to_files_and_none_is_lost(monkeypatch):
 
 
 def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items():
-    users, items, asked = blocks()
+    users, items, asked = taste_of_groups(160, 4)
     settings = "training.epochs=10", "training.batch_size=160", "model.embedding_dim=16", "optimizer.learning_rate=0.03"
     train = Interactions.of_pairs(users, items, 160, 101)
     rates = []
@@ -78,7 +65,7 @@ def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items():
 
 
 def test_scores_are_those_of_the_rows_of_the_tables():
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(160, 4)
     train = Interactions.of_pairs(users + 1, items, 162, 101)  # users 0 and 161 have nothing
     model = fitted.fit(config("training.epochs=1"), train)
     p, q, b = (np.asarray(t) for t in (model.model.user_table, model.model.item_table, model.model.item_bias))
@@ -91,7 +78,7 @@ def test_scores_are_those_of_the_rows_of_the_tables():
 
 
 def test_one_seed_gives_one_model_and_after_epoch_may_end_it():
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(160, 4)
     train, rows, epochs = Interactions.of_pairs(users, items, 160, 101), np.arange(160), []
 
     def scores(*settings):
@@ -103,7 +90,7 @@ def test_one_seed_gives_one_model_and_after_epoch_may_end_it():
 
 
 def test_a_history_is_what_the_user_was_seen_to_have():
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(160, 4)
     train = Interactions.of_pairs(users, items, 160, 101)
     own = config("training.epochs=1", "model.hidden=[8]", architecture="two_tower", history=HISTORY)
     model = fitted.fit(own, train)
@@ -116,7 +103,7 @@ def test_a_history_is_what_the_user_was_seen_to_have():
 
 
 def test_items_of_one_bucket_have_one_score_and_no_item_is_lost():
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(160, 4)
     train = Interactions.of_pairs(users, items, 160, 101)
     # As many buckets as there are items, but in another order, and some items share one.
     hashed = {"kind": "hash", "column": "item_index", "rows": 101}
@@ -146,7 +133,7 @@ def test_what_plain_interactions_do_not_have_is_refused():
 
 
 def test_a_loss_that_is_not_finite_ends_it():
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(160, 4)
     train = Interactions.of_pairs(users, items, 160, 101)
     with pytest.raises(FloatingPointError, match="the loss of epoch 2 is not finite"):
         far = config("training.epochs=3", "training.batch_size=1920", "optimizer.learning_rate=1e30")
@@ -159,7 +146,7 @@ def test_a_loss_that_is_not_finite_ends_it():
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_factors_leave_as_saved_model_onnx_and_index(tmp_path, with_bias):
     """Trained factors, exported, loaded, and asked by raw ids: the lists are NumPy's."""
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(160, 4)
     train = Interactions.of_pairs(users, items, 160, 101)
     own = bpr.fit(train, bpr.Parameters(dim=8, epochs=3, bias=with_bias), seed=2)
     bias = {"item_bias": own.item_bias} if with_bias else {}

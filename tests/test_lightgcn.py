@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from planted import hit_rate, taste_of_groups
 
-from recsys_common import evaluation
 from recsys_common.interactions import Interactions
 from recsys_common.models import lightgcn
 
@@ -113,24 +113,10 @@ def test_triples_are_pairs_with_an_item_that_the_user_did_not_take(monkeypatch):
     assert len(users) == 3 * -(-len(had) // 50) * 50  # of each pass as many as there are pairs, or a batch more
 
 
-def blocks():
-    """400 users of 8 groups; each has 12 of their group's 25 items, and a 13th is asked for."""
-    random, group = RNG(0), np.arange(400) % 8
-    had = np.array([1 + own * 25 + random.permutation(25)[:13] for own in group])
-    return np.repeat(np.arange(400), 12), had[:, 1:].ravel(), had[:, 0]
-
-
-def hit_rate(model, train, asked):
-    found = evaluation.evaluate(
-        lambda rows: model.scores(train, rows), np.arange(400), asked, train.users, train.items, 201, k=10
-    )
-    return found["HR@10"]
-
-
 @pytest.mark.parametrize("layers", [0, 3])
 def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items(layers):
     settings = {"dim": 16, "epochs": 40, "batch_size": 1024, "learning_rate": 0.02, "layers": layers}
-    users, items, asked = blocks()
+    users, items, asked = taste_of_groups(400, 8)
     train = Interactions.of_pairs(users, items, 400, 201)
     # The list of 10 from the 13 items of the group that are left: 10/13. From all 188 that are left: 10/188.
     assert hit_rate(fit(train, **settings), train, asked) == pytest.approx(10 / 13, abs=0.09)
@@ -143,7 +129,7 @@ def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_items(layers):
 def test_one_seed_gives_one_model_whatever_the_number_of_threads():
     import numba
 
-    users, items, _ = blocks()
+    users, items, _ = taste_of_groups(400, 8)
     train, threads = Interactions.of_pairs(users, items, 400, 201), numba.get_num_threads()
     settings = {"dim": 8, "epochs": 3, "batch_size": 1000}
     first, other = fit(train, 4, **settings), fit(train, 5, **settings)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from planted import taste_of_groups
 
 from recsys_common import evaluation, training
 from recsys_common.models.matrix_factorization import MatrixFactorization
@@ -172,23 +173,21 @@ def test_it_overfits_one_batch():
 
 def test_it_finds_the_taste_of_groups_and_nothing_in_shuffled_labels():
     random = np.random.default_rng(0)
-    groups, of_group, users = 8, 25, 400  # 200 items; each user has 12 of their group's 25, and a 13th is the test
-    group = np.arange(users) % groups
-    had = np.array([1 + own * of_group + random.permutation(of_group)[:13] for own in group])
-    rows = np.stack([np.repeat(np.arange(users), 12), had[:, 1:].ravel()])[:, random.permutation(users * 12)]
+    users, items, asked = taste_of_groups(400, 8)
+    rows = np.stack([users, items])[:, random.permutation(len(users))]
 
     def hit_rate(items):
-        model = MatrixFactorization(users, 201, 16, item_frequency=np.bincount(items, minlength=201))
+        model = MatrixFactorization(400, 201, 16, item_frequency=np.bincount(items, minlength=201))
         model.compile(optimizer=Adagrad(0.3))
         data = dataset(rows[0], items, 160).repeat()
         training.fit(model, data, epochs=6, steps_per_epoch=30, batch_size=160)
-        return evaluation.evaluate(model.scores, np.arange(users), had[:, 0], *rows, num_items=201, k=10)["HR@10"]
+        return evaluation.evaluate(model.scores, np.arange(400), asked, *rows, num_items=201, k=10)["HR@10"]
 
     # The list of 10 from the 13 items of the group that are left: 10/13. From all 188 that are left: 10/188.
     assert hit_rate(rows[1]) == pytest.approx(10 / 13, abs=0.09)
     chance = 10 / 188
     assert hit_rate(random.permutation(rows[1])) == pytest.approx(
-        chance, abs=4 * math.sqrt(chance * (1 - chance) / users)
+        chance, abs=4 * math.sqrt(chance * (1 - chance) / 400)
     )
 
 

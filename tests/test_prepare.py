@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_common import bigquery, datasets, input_pipeline
+from recsys_common import bigquery, datasets, input_pipeline, splits
 from recsys_common import prepare as preparing
 from recsys_common.config import Config
 from recsys_common.prepare import prepare
@@ -114,6 +114,40 @@ def test_who_is_asked_for_what_and_what_they_had_seen(made, parts, part, before)
     histories = {user: [max(items.get(row[1], 0), 0) for row in sorted(rows)][-LENGTH:] for user, rows in taken.items()}
     found = {user: [item if item >= 2 else 0 for item in row] for user, row in made.histories(part).items()}
     assert found == histories and max(map(len, found.values())) == LENGTH
+
+
+def test_splits_take_the_same_rows_with_ratings_and_times(made, parts, runs_dir, monkeypatch):
+    columns = {
+        "stars": {"kind": "label", "column": "rating"},
+        "time": {"kind": "hash", "column": "timestamp", "rows": 1},
+    }
+    data = prepare(Config(data=DATA, features=FEATURES | columns, evaluation={"users": USERS}), runs_dir=runs_dir)
+    found = splits.prepared(data)
+    # Row 0 is for both of the rows of unknown ids: the first known id is in row 1.
+    users, items = ({id_: row - 1 for id_, row in rows_of(parts, made, side).items()} for side in ("user", "item"))
+    train = found["test"].train
+    rows = zip(train.users.tolist(), train.items.tolist(), train.times.tolist(), train.values.tolist(), strict=True)
+    expected = Counter((users.get(u, 0), items[i], t, r) for u, i, t, r in parts["train"] if i in items)
+    assert Counter(rows) == expected and 0 < expected.total() < len(parts["train"])
+    for row in range(train.num_users):
+        its = slice(train.offsets[row], train.offsets[row + 1])
+        assert (np.diff(train.times[its]) >= 0).all(), f"user {row} is not in order of time"
+    for part, before in (("validation", ["train"]), ("test", ["train", "validation"])):
+        split = found[part]
+        assert split.train is train and (split.user_ids[0], split.item_ids[0]) == (-1, -1)
+        assert split.item_ids[1:].tolist() == made.vocabulary("item").tolist()
+        chosen = set(split.test.users.tolist())
+        asked = Counter((users[u], items.get(i, 0)) for u, i, *_ in parts[part] if users.get(u, 0) in chosen)
+        assert Counter(zip(split.test.users.tolist(), split.test.items.tolist(), strict=True)) == asked
+        taken = [row for name in before for row in parts[name]]
+        seen = Counter((users[u], items[i]) for u, i, *_ in taken if users.get(u, 0) in chosen and i in items)
+        assert Counter(zip(split.seen.users.tolist(), split.seen.items.tolist(), strict=True)) == seen
+    with monkeypatch.context() as small:
+        small.setattr(splits, "BYTES_A_ROW", 2**30)
+        with pytest.raises(ValueError, match=r"training rows take .* GB while they are sorted.*data\.limit"):
+            splits.prepared(data)
+    limited = prepare(data.config.override("data.limit=100"), runs_dir=runs_dir)
+    assert splits.prepared(limited)["test"].train.lengths.sum() <= 100
 
 
 def test_the_training_files_hold_the_training_rows(made, parts):

@@ -47,7 +47,7 @@ ANY_ORDER = {"reassoc", "contract"}  # sums may be vectorised; unlike fastmath=T
 
 
 class Parameters(Section):
-    """The section `model` of a config."""
+    """The settings."""
 
     dim: int = field(128, "length of p_u and q_i; 0: biases alone", ge=0)
     solver: Literal["sgd", "als"] = field("sgd", "sgd: one rating at a time; als: users, then items, exactly")

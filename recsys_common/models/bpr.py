@@ -27,7 +27,7 @@ ANY_ORDER = {"reassoc", "contract"}  # sums may be vectorised; unlike fastmath=T
 
 
 class Parameters(Section):
-    """Hyperparameters."""
+    """The settings."""
 
     dim: Rows = field(64, "length of p_u and q_i")
     epochs: Rows = field(60, "passes; each draws as many triples as there are pairs")

@@ -29,7 +29,7 @@ MOMENTUM, SQUARES, TINY = np.float32(0.9), np.float32(0.999), np.float32(1e-8)  
 
 
 class Parameters(Section):
-    """Hyperparameters."""
+    """The settings."""
 
     dim: Rows = field(64, "length of a row")
     layers: int = field(3, "K of (2); 0: matrix factorization", ge=0)
@@ -68,9 +68,10 @@ def fit(train: Interactions, parameters: Parameters = Parameters(), seed: int = 
             gradient = _propagated(graph, gradient, parameters.layers)
             steps += 1
             _adam(initial, gradient, counts, l2 / np.float32(size), rate, *moments, steps)
-        model = LightGcn(*np.split(_propagated(graph, initial, parameters.layers), [train.num_users]))
-        if after_epoch and after_epoch(model, epoch + 1):
-            break
+        if after_epoch or epoch + 1 == parameters.epochs:
+            model = LightGcn(*np.split(_propagated(graph, initial, parameters.layers), [train.num_users]))
+            if after_epoch and after_epoch(model, epoch + 1):
+                break
     return model
 
 

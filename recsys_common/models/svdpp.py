@@ -39,7 +39,7 @@ from recsys_common.models.biased_mf import ANY_ORDER, INITIAL, TASK, BiasedMF  #
 
 
 class Parameters(Section):
-    """The section `model` of a config."""
+    """The settings."""
 
     dim: int = field(128, "length of p_u, q_i and y_j", ge=1)
     epochs: int = field(45, "passes over the ratings", ge=1)
